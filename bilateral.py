@@ -1,0 +1,152 @@
+"""The fast bilateral solver on NumPy and SciPy, for masks, depth maps or any other per-pixel target.
+
+J. T. Barron and B. Poole, "The Fast Bilateral Solver", ECCV 2016. The solver looks for the smoothest
+image, in the bilateral sense (near in place *and* in colour), that stays close to the target where
+the target is trusted:
+
+    minimise  smoothness / 2 * sum_ij W_ij (x_i - x_j)^2  +  sum_i c_i (x_i - t_i)^2
+
+It is solved not over pixels but over the few occupied cells ("vertices") of a coarse grid over
+(row, column, luma, two chromas). Nothing here needs torch:
+
+    from bilateral import solve
+    soft = solve(mask, photo)            # mask (H,W) in [0,1], photo (H,W,3) uint8
+
+Shapes: P pixels = H * W, V vertices, K targets that share one grid.
+"""
+
+import numpy as np
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.linalg import cg
+
+# ITU-R BT.601 luma and chroma, full range: RGB in [0,255] to (Y, U, V), chroma centred at 128.
+RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
+
+
+class BilateralGrid:
+    """The occupied cells of a grid over (row, column, luma, chroma, chroma), and the blur between them (section 2.1).
+
+    guide: (H,W,3) uint8, RGB. sigma_spatial in pixels, sigma_luma and sigma_chroma in grey levels: the sides of a cell.
+    Raises ValueError for another shape or type, or a sigma that is not a positive number.
+
+    A cell's five integer coordinates become one integer in mixed radix, so that two cells never share a
+    key, whatever the size of the image. Every radix has one value to spare, which no pixel takes: the key
+    plus one step along an axis is then either that neighbour's key or nobody's, with no wrapping round.
+    """
+
+    def __init__(self, guide, sigma_spatial=11, sigma_luma=5, sigma_chroma=5):
+        guide = np.asarray(guide)
+        if guide.ndim != 3 or guide.shape[2] != 3 or guide.dtype != np.uint8 or guide.size == 0:
+            raise ValueError(f"guide must be a (H,W,3) uint8 RGB image, got shape {guide.shape} of {guide.dtype}")
+        for name, sigma in [("sigma_spatial", sigma_spatial), ("sigma_luma", sigma_luma), ("sigma_chroma", sigma_chroma)]:
+            if not 0 < sigma < np.inf:
+                raise ValueError(f"{name} must be a positive number, got {sigma}")
+        self.shape = height, width = guide.shape[:2]
+        row = (np.arange(height) / sigma_spatial).astype(np.int64)
+        column = (np.arange(width) / sigma_spatial).astype(np.int64)
+        luma_bins, chroma_bins = int(255 / sigma_luma) + 2, int(256 / sigma_chroma) + 2
+        # The size of one step along (row, column, luma, u, v) in the key, the last axis fastest.
+        steps = np.cumprod([1, chroma_bins, chroma_bins, luma_bins, column[-1] + 2], dtype=object)[::-1]
+        if steps[0] * (row[-1] + 2) >= 2**63:
+            raise ValueError("the grid has more cells than a 64-bit key can number: use larger sigmas")
+        steps = steps.astype(np.int64)
+
+        # Rows of one band of cells share the leading digit of the key: the bands are sorted apart, which is
+        # exact, faster than one long sort (a band stays in cache) and keeps the temporaries small.
+        keys, self.pixel_vertex, count = [], np.empty(guide.shape[:2], np.int32), 0
+        for band in np.split(np.arange(height), np.flatnonzero(np.diff(row)) + 1):
+            rows = slice(band[0], band[-1] + 1)
+            yuv = guide[rows].reshape(-1, 3).astype(np.float32) @ RGB_TO_YUV.T  # (band pixels, 3)
+            yuv += np.float32([0, 128, 128])
+            bins = (yuv / np.float32([sigma_luma, sigma_chroma, sigma_chroma])).astype(np.int64)
+            key = bins @ steps[2:] + np.tile(column * steps[1], len(band)) + row[band[0]] * steps[0]
+            unique, inverse = np.unique(key, return_inverse=True)
+            keys.append(unique)
+            self.pixel_vertex[rows] = inverse.reshape(len(band), width) + count
+            count += len(unique)
+        self.pixel_vertex = self.pixel_vertex.ravel()  # (P,) the vertex of each pixel
+        keys = np.concatenate(keys)  # (V,) ascending
+        self.vertices = len(keys)
+        self.mass = np.bincount(self.pixel_vertex, minlength=self.vertices).astype(float)  # (V,) pixels in a vertex
+
+        # The blur along each axis is [1 2 1], their sum over the five axes is one sparse matrix.
+        here, there = [np.arange(self.vertices)], [np.arange(self.vertices)]
+        for step in steps:
+            found = np.minimum(np.searchsorted(keys, keys + step), self.vertices - 1)
+            pairs = np.flatnonzero(keys[found] == keys + step)
+            here += [pairs, found[pairs]]
+            there += [found[pairs], pairs]
+        weights = np.ones(sum(map(len, here)))
+        weights[: self.vertices] = 2 * len(steps)
+        here, there = np.concatenate(here).astype(np.int32), np.concatenate(there).astype(np.int32)
+        self.blur = coo_matrix((weights, (here, there)), shape=(self.vertices, self.vertices)).tocsr()  # (V,V)
+
+    def splat(self, values):
+        """Sum pixel values (H,W) over each vertex: (V,)."""
+        return np.bincount(self.pixel_vertex, weights=np.asarray(values).ravel(), minlength=self.vertices)
+
+    def slice(self, values):
+        """Read vertex values (V,) back at each pixel: (H,W)."""
+        return values[self.pixel_vertex].reshape(self.shape)
+
+    def smoothness_matrix(self, iterations=10):
+        """The Laplacian D_m - D_n B D_n of the bistochastised blur B, (V,V) sparse (section 2.2, algorithm 1).
+
+        n is found by fixed-point iteration such that every row of D_n B D_n sums to the mass of its vertex;
+        each row of the Laplacian then sums to zero, so that a constant image costs nothing.
+        """
+        n = np.ones(self.vertices)
+        for _ in range(iterations):
+            n = np.sqrt(n * self.mass / (self.blur @ n))
+        # The rows' own sums stand in for the mass: equal to it in the limit, and they make the zero exact now.
+        scaled = diags(n) @ self.blur @ diags(n)
+        return diags(scaled @ np.ones(self.vertices)) - scaled
+
+
+def solve(
+    target,
+    guide,
+    confidence=0.999,
+    sigma_spatial=11,
+    sigma_luma=5,
+    sigma_chroma=5,
+    smoothness=256,
+    iterations=25,
+    tolerance=1e-5,
+):
+    """Smooth a target along the edges of a photograph: equation (8) of Barron and Poole 2016.
+
+    target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
+    guide: (H,W,3) uint8 RGB, the photograph whose edges count.
+    confidence: one number in [0,1] or (H,W): how much each pixel of the target is trusted. Where it is zero
+        the solution comes from the neighbourhood alone; if it is zero everywhere, the answer is the target's mean.
+    smoothness: lambda, the weight of the smoothness term; sigmas: see BilateralGrid.
+    iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
+        earlier at this relative residual.
+    Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the solver's tolerance.
+    Raises ValueError for shapes that disagree, values that are not finite, a confidence outside [0,1].
+    """
+    target = np.asarray(target, float)
+    confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])
+    if target.shape[:2] != np.shape(guide)[:2] or target.ndim not in (2, 3):
+        raise ValueError(f"target {target.shape} and guide {np.shape(guide)} must have the same height and width")
+    if not np.isfinite(target).all():
+        raise ValueError("the target has values that are not finite numbers")
+    if not (confidence.min() >= 0 and confidence.max() <= 1):  # also refuses NaN
+        raise ValueError("confidence must lie in [0,1]")
+    if not 0 <= smoothness < np.inf:
+        raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
+
+    grid = BilateralGrid(guide, sigma_spatial, sigma_luma, sigma_chroma)
+    trust = grid.splat(confidence)  # (V,)
+    system = (smoothness * grid.smoothness_matrix() + diags(trust)).tocsr()
+    diagonal = system.diagonal()
+    precondition = diags(1 / np.where(diagonal > 0, diagonal, 1))
+    solution = np.empty(target.shape)
+    for k in np.ndindex(target.shape[2:]):  # once for (H,W), K times for (H,W,K)
+        evidence = grid.splat(confidence * target[(..., *k)])  # (V,)
+        mean = evidence.sum() / trust.sum() if trust.any() else target[(..., *k)].mean()
+        start = np.divide(evidence, trust, out=np.full(grid.vertices, mean), where=trust > 0)
+        values, _ = cg(system, evidence, x0=start, rtol=tolerance, maxiter=iterations, M=precondition)
+        solution[(..., *k)] = grid.slice(values)
+    return solution

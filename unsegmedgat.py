@@ -1,0 +1,1093 @@
+"""UnSegMedGAT in plain PyTorch: unsupervised segmentation of medical photographs.
+
+A. Mudit Adityaja, S. J. Shigwan and N. Kumar, "UnSegMedGAT: Unsupervised Medical Image Segmentation
+using Graph Attention Networks Clustering". Patches of an image become the nodes of a graph, and a small
+graph attention network is optimised, for that image alone, until its clusters have high modularity.
+
+    python unsegmedgat.py image.png -o mask.png              # one photograph
+    python unsegmedgat.py photos/ -o masks/ --overlay        # a folder, with pictures to look at
+    python unsegmedgat.py image.png -o mask.png --explain    # one picture of every stage
+
+The file reads top to bottom as section II of the paper: features, graph (1), attention (2)-(4), network (5),
+loss (6)-(8), fit; then which clusters are the object, the refinement, and the command line.
+Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
+"""
+
+import argparse
+import dataclasses
+import functools
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
+from torch import nn
+
+import bilateral
+
+log = logging.getLogger("unsegmedgat")  # notices for the user; without any set-up they go to stderr
+
+PATCH = 8  # px, the side of a patch: ViT-S/8
+MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a bomb, or a whole slide
+MAX_NODES = 50_000  # larger graphs are refused: A alone would take over 10 GB
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, help, source, choices=None):
+    """A field of Config: its default, what it does, and where the default comes from."""
+    return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices})
+
+
+ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every hyper-parameter, with its source. Each is a flag of the same name. Raises ValueError when out of range."""
+
+    size: int = setting(224, "px of the shorter side that the features see; a multiple of 8", "authors' code")
+    stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", (8, 4, 2))
+    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III")
+    heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours: the paper gives no number")
+    widths: tuple[int, ...] = setting((128, 64), "m_r, the width of each parallel series of GATs", "paper, section III")
+    layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III")
+    projection: int = setting(64, "M, the width in which the series are summed, eq. (5)", "paper, section III")
+    clusters: int = setting(2, "K; above 2 the mask is the union of the foreground clusters", "paper: a mask")
+    activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
+    epochs: int = setting(60, "optimiser steps for each image", "paper, section III")
+    collective: int = setting(0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper")
+    lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III")
+    weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
+    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006")
+    balance: float = setting(1.0, "b, the weight of the second term of eq. (8), against one large cluster", "paper")
+    seed: int = setting(0, "of the network's first parameters", "ours")
+    invert: bool = setting(False, "swap foreground and background", "ours")
+    refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
+    sigma_spatial: float = setting(11.0, "px, a cell of the bilateral grid", "authors' code")
+    sigma_luma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
+    sigma_chroma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
+    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code")
+    confidence: float = setting(0.999, "how far the solver trusts the assignment; in [0,1]", "authors' code")
+    components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            kind = type(field.default)
+            if kind is tuple:  # lists come from JSON
+                object.__setattr__(self, field.name, value := tuple(value))
+            if kind is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+            if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{field.name} must be a whole number, got {value!r}")
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        for name, good, want in [
+            ("size", self.size >= 2 * PATCH and self.size % PATCH == 0, f"a multiple of {PATCH}, at least {2 * PATCH}"),
+            ("tau", 0 < self.tau < 1, "between 0 and 1, both excluded"),
+            ("heads", self.heads >= 1, "at least 1"),
+            ("widths", self.widths and all(w >= 1 and w % max(self.heads, 1) == 0 for w in self.widths),
+             f"positive multiples of the number of heads, {self.heads}"),
+            ("layers", self.layers >= 1, "at least 1"),
+            ("projection", self.projection >= 1, "at least 1"),
+            ("clusters", 2 <= self.clusters <= 255, "from 2 to 255"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("collective", 0 <= self.collective < self.epochs, f"from 0 to epochs - 1 = {self.epochs - 1}"),
+            ("lr", self.lr > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("resolution", self.resolution >= 0, "at least 0"),
+            ("balance", self.balance >= 0, "at least 0"),
+            ("sigma_spatial", self.sigma_spatial > 0, "above 0"),
+            ("sigma_luma", self.sigma_luma > 0, "above 0"),
+            ("sigma_chroma", self.sigma_chroma > 0, "above 0"),
+            ("smoothness", self.smoothness >= 0, "at least 0"),
+            ("confidence", 0 <= self.confidence <= 1, "from 0 to 1"),
+            ("components", self.components >= 0, "at least 0"),
+        ]:  # fmt: skip
+            if not good:
+                raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ImageError(ValueError):
+    """An image that cannot be segmented; the message says why and what to do."""
+
+
+def load_image(source):
+    """Read any still image as RGB: uint8 (H,W,3), turned upright by its EXIF orientation.
+
+    source: a path, a PIL image, or an array (H,W) or (H,W,3) of uint8. More than 8 bits a pixel are scaled by
+    the image's own range, transparency is laid on white. Raises ImageError for whatever is not one still image.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
+            raise ImageError(f"an array must be uint8 of shape (H,W) or (H,W,3), got {source.dtype} {source.shape}")
+        source = Image.fromarray(source)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
+            raise ImageError(f"it holds {image.n_frames} frames: save the one you want as a still image")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            grey = np.nan_to_num(np.asarray(image, np.float64))
+            grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-12))
+            image = Image.fromarray(np.rint(grey).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        rgb = np.array(image.convert("RGB"))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError("it would decode to far too many pixels: scale it down first") from None
+    except FileNotFoundError:
+        raise ImageError("there is no such file") from None
+    except IsADirectoryError:
+        raise ImageError("it is a folder") from None
+    except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
+        reason = str(error).split("\n")[0].replace(f" {str(source)!r}", "")
+        raise ImageError(f"it cannot be read as an image ({reason}): is it damaged or incomplete?") from None
+    if min(rgb.shape[:2]) < PATCH:
+        raise ImageError(f"{rgb.shape[1]} x {rgb.shape[0]} pixels are too few: each side needs at least {PATCH}")
+    return rgb
+
+
+def resize_image(rgb, size, stride=PATCH):
+    """Scale (H,W,3) uint8 so that the shorter side is `size` px and the longer a multiple of 8: (3,s,t) in [0,1].
+
+    Returns the tensor and the grid (h,w) of its patches, which `upsample` undoes. Raises ImageError for a
+    graph that would be too large.
+    """
+    height, width = rgb.shape[:2]
+    scale = size / min(height, width)
+    s, t = (max(PATCH, round(side * scale / PATCH) * PATCH) for side in (height, width))
+    h, w = ((side - PATCH) // stride + 1 for side in (s, t))
+    if h * w > MAX_NODES:
+        raise ImageError(f"{width} x {height} pixels make {h * w:,} patches, over {MAX_NODES:,}: use a smaller size")
+    image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    image = F.interpolate(image, size=(s, t), mode="bilinear", antialias=True, align_corners=False)
+    return (image[0] / 255).clamp(0, 1), (h, w)
+
+
+def upsample(values, stride, shape, size):
+    """Spread patch values (h,w,K) bilinearly over an image of shape (H,W), at the true patch centres: (H,W,K) numpy.
+
+    size: (s,t), the resized image's height and width that the patches were cut from.
+    """
+    weights = []  # two matrices that interpolate: (H,h) and (W,w)
+    for patches, pixels, resized in zip(values.shape[:2], shape, size):
+        centre = ((np.arange(pixels) + 0.5) * (resized / pixels) - PATCH / 2) / stride
+        weights.append(np.stack([np.interp(centre, np.arange(patches), row) for row in np.eye(patches)], axis=1))
+    rows, columns = (w.astype(np.float32) for w in weights)
+    return np.stack([rows @ values[..., k] @ columns.T for k in range(values.shape[2])], axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Features: DINO's keys, or built-in descriptors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, named as DINO names it."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):  # (B,T,C), T tokens
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B,H,T,C/H)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,C/H), with no T x T matrix in memory
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B,T,C)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):  # (B,T,C)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+
+class VisionTransformer(nn.Module):
+    """DINO's ViT-S/8 (Caron et al. 2021), parameters named and shaped as in the published file."""
+
+    def __init__(self, dim=384, depth=12, heads=6, patch=PATCH, grid=28, mlp_ratio=4):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
+        self.patch_embed = PatchEmbed(dim, patch)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # not needed for keys, but part of the published file
+
+    def keys(self, images, stride=PATCH):
+        """Keys of the last block (section II), before the split into heads: (B,N,C), row-major over the patch grid.
+
+        images: (B,3,H,W), normalised as for ImageNet, sides multiples of the patch. stride: px between patches.
+        Raises ValueError for sides that are no multiples of the patch.
+        """
+        patch = self.patch_embed.proj.kernel_size[0]
+        if images.shape[2] % patch or images.shape[3] % patch:
+            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch, {patch}")
+        proj = self.patch_embed.proj
+        x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
+        if x.shape[2:] != position.shape[2:]:
+            position = F.interpolate(position, size=x.shape[2:], mode="bicubic", align_corners=False)
+        x = (x + position).flatten(2).transpose(1, 2)  # (B,N,C)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)  # (B,1+N,C)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]  # of which only the keys are computed: the middle third of qkv
+        _, weight, _ = last.attn.qkv.weight.chunk(3)
+        _, bias, _ = last.attn.qkv.bias.chunk(3)
+        return F.linear(last.norm1(x), weight, bias)[:, 1:]  # (B,N,C), without the class token
+
+
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
+PATIENCE = 10  # s without an answer before a download is given up
+
+
+def fetch_dino(progress=True):
+    """The path of DINO's backbone file: from torch.hub's cache, else downloaded once, its SHA-256 checked.
+
+    Raises OSError when the host does not answer within 10 s, RuntimeError for another digest.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
+    # A socket's time-out does not cover a name server that keeps silent, so a thread asks first.
+    answer = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(DINO_URL, method="HEAD"), timeout=PATIENCE).close()
+            answer.append(None)
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if not answer or answer[0]:
+        raise OSError(f"no answer from {DINO_URL.split('/')[2]} ({answer[0] if answer else f'after {PATIENCE} s'})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
+    finally:
+        socket.setdefaulttimeout(before)
+    return path
+
+
+def load_dino(weights=None, branch="teacher", progress=True):
+    """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
+
+    weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
+    branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
+    Raises ValueError for a file that is not exactly these weights, OSError where it cannot be read or fetched.
+    """
+    if branch not in ("teacher", "student"):
+        raise ValueError(f"branch must be teacher or student, got {branch!r}")
+    path = Path(weights) if weights else fetch_dino(progress)
+    if not path.is_file():
+        raise OSError(f"{path}: there is no such weights file")
+    try:  # the full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds on what is not a checkpoint
+        reason = str(error).split("\n")[0][:120]
+        raise ValueError(f"{path}: not a weights file that can be loaded safely ({reason})") from None
+    if isinstance(state, dict) and branch in state and isinstance(state[branch], dict):
+        state = {name.removeprefix("module."): tensor for name, tensor in state[branch].items()}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    elif branch == "student":
+        raise ValueError(f"{path}: no student in this file; only the full checkpoint holds both branches")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+
+    model = VisionTransformer()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    wrong = [f"{name} missing" for name in shapes if name not in found]
+    wrong += [f"{name} is {found[name]}, not {shapes[name]}" for name in shapes if found.get(name, shapes[name]) != shapes[name]]
+    wrong += [f"{name} unexpected" for name in found if name not in shapes]
+    if wrong:
+        raise ValueError(f"{path}: not DINO's ViT-S/8, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def rgb_to_lab(image):
+    """sRGB (3,H,W) in [0,1] to CIE Lab (3,H,W), L in [0,100], white point D65 (IEC 61966-2-1, CIE 15)."""
+    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
+    to_xyz = image.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = torch.einsum("dc,chw->dhw", to_xyz / to_xyz.sum(1, keepdim=True), linear)  # relative to white
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def builtin_descriptors(image, stride=PATCH):
+    """Colour, local contrast and oriented gradient energy around each patch; no learned weights.
+
+    image: (3,H,W) in [0,1]. Returns (N,C) row-major over the patch grid: standardised over the image, so that the
+    cosine of two rows is positive where they deviate from the image's mean alike, as eq. (1) needs.
+    """
+    lab = rgb_to_lab(image)
+    padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
+    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    angles = [0, math.pi / 4, math.pi / 2, 3 * math.pi / 4]
+    energy = torch.cat([(math.cos(a) * dx + math.sin(a) * dy) ** 2 for a in angles], dim=1)  # (1,4,H,W)
+    maps = torch.cat([lab[None], lab[None, :1] ** 2, energy], dim=1)  # (1,8,H,W)
+    descriptors = []
+    for context in (PATCH, 3 * PATCH):  # the patch, and the patch with its neighbours
+        pad = (context - PATCH) // 2
+        mean = F.avg_pool2d(F.pad(maps, [pad] * 4, mode="replicate"), context, stride)[0]  # (8,h,w)
+        contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
+        descriptors += [mean[:3], contrast, mean[4:].sqrt()]
+    x = torch.cat(descriptors).flatten(1).T  # (N,C)
+    return (x - x.mean(0)) / (x.std(0) + 1e-6)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What turns an image into patch features: name "dino" or "builtin", and extract(image (3,s,t), stride) -> (N,C)."""
+
+    name: str
+    extract: object
+
+
+@functools.lru_cache(maxsize=1)
+def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu", progress=True):
+    """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
+
+    Falls back only for "auto" without `weights`, and says so. Raises as load_dino, and ValueError for other names.
+    """
+    if backbone not in ("auto", "dino", "builtin"):
+        raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
+    if backbone == "builtin":
+        if weights:
+            raise ValueError("weights are for the dino backbone: leave them out with builtin")
+        return Backbone("builtin", builtin_descriptors)
+    try:
+        model = load_dino(weights, branch, progress).to(device)
+    except (OSError, RuntimeError) as error:
+        if backbone == "dino" or weights:
+            raise
+        log.warning(
+            "DINO's weights could not be had: %s. Using the built-in descriptors of colour and texture instead; "
+            "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
+        )  # fmt: skip
+        return Backbone("builtin", builtin_descriptors)
+
+    def extract(image, stride):
+        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
+        with torch.no_grad():
+            return model.keys(((image - mean) / std)[None], stride)[0]
+
+    return Backbone("dino", extract)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graph, eq. (1)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def build_graph(features, tau):
+    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); entries 0 or in (tau,1], symmetric."""
+    f = F.normalize(features, dim=1)
+    adjacency = f @ f.T
+    return F.threshold_(adjacency, tau, 0.0)  # eq. (1): f f^T * (f f^T > tau)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graph attention, eqs. (2) to (4)
+# ---------------------------------------------------------------------------------------------------------------
+
+SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
+
+
+class MaskedAttention(torch.autograd.Function):
+    """alpha @ h for every head, where alpha = softmax over the neighbours j of LeakyReLU(s_i + t_j): eqs. (2), (3).
+
+    Rows of a softmax are independent, so blocks of rows that stay in cache are computed and dropped, forward and again
+    backward: nothing N x N is kept but the graph. And LeakyReLU(e) = max(e, 0.2 e), so exp(LeakyReLU(s_i + t_j)) is
+    the larger of two rank-one products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
+    The plain six lines that this equals stand in the tests.
+    """
+
+    @staticmethod
+    def row_blocks(adjacency):
+        """Slices of rows with the mask N(i) of each, as numbers, since a product is faster than a selection."""
+        rows = 128 if adjacency.device.type == "cpu" else 4096
+        for start in range(0, len(adjacency), rows):
+            block = slice(start, start + rows)
+            yield block, (adjacency[block] > 0).to(adjacency.dtype)
+
+    @staticmethod
+    def exponentials(s, t):
+        """Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1; s, t: (H,N)."""
+        top = t.amax(1, keepdim=True)
+        # Neighbours 80 below the top count as 80 below: they weigh e^-80 beside it, and no sum underflows to 0 / 0.
+        t = (t - top).clamp(min=-80)
+        s = s + top
+        shift = F.leaky_relu(s, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
+        return (s - shift).exp(), (SLOPE * s - shift).exp(), t.exp(), (SLOPE * t).exp()
+
+    @staticmethod
+    def weights(factors, head, block, mask):
+        """exp(LeakyReLU(s_i + t_j) - shift_i) for the neighbours, else 0: (rows,N)."""
+        u, u_slope, v, v_slope = factors
+        steep = u[head, block, None] * v[head]
+        flat = u_slope[head, block, None] * v_slope[head]
+        return torch.maximum(steep, flat, out=steep).mul_(mask)
+
+    @staticmethod
+    def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
+        factors = MaskedAttention.exponentials(s, t)
+        h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2)  # (H,N,D+1): the last column sums the weights
+        out = torch.empty_like(h1)
+        for block, mask in MaskedAttention.row_blocks(adjacency):
+            for head in range(len(h)):
+                torch.mm(MaskedAttention.weights(factors, head, block, mask), h1[head], out=out[head, block])
+        total = out[..., -1:].clamp(min=torch.finfo(h.dtype).tiny)  # 0 only for a node without neighbours
+        out = out[..., :-1] / total
+        ctx.save_for_backward(s, t, adjacency, h1, out, total, *factors)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # (H,N,D)
+        s, t, adjacency, h1, out, total, *factors = ctx.saved_tensors
+        # d e_ij = alpha_ij (grad_i . h_j - grad_i . out_i): one product, with the ones of h1 carrying the second term.
+        grad = grad / total
+        grad1 = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
+        dh1, ds, dt = torch.zeros_like(h1), torch.empty_like(s), torch.zeros_like(t)
+        for block, mask in MaskedAttention.row_blocks(adjacency):
+            for head in range(len(h1)):
+                weight = MaskedAttention.weights(factors, head, block, mask)  # (rows,N)
+                dh1[head].addmm_(weight.T, grad1[head, block])
+                de = (grad1[head, block] @ h1[head].T).mul_(weight)
+                score = torch.add(s[head, block, None], t[head], out=weight)
+                de = torch.ops.aten.leaky_relu_backward(de, score, SLOPE, False)
+                ds[head, block] = de.sum(1)
+                dt[head] += de.sum(0)
+        return dh1[..., :-1], ds, dt, None
+
+
+class GraphAttention(nn.Module):
+    """One multi-head graph attention layer, heads concatenated, before the activation: eqs. (2) to (4).
+
+    The paper's vector a of eq. (2) is [a_src || a_dst]: a_src scores the node that attends, a_dst its neighbour.
+    """
+
+    def __init__(self, in_features, out_features, heads):
+        super().__init__()
+        if out_features % heads:
+            raise ValueError(f"{heads} heads do not divide the width {out_features}")
+        self.heads = heads
+        self.W = nn.Linear(in_features, out_features, bias=False)
+        self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
+        self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
+        for parameter in self.parameters():
+            nn.init.xavier_uniform_(parameter)  # Velickovic et al. 2018
+
+    def forward(self, x, adjacency):
+        """x (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
+        h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
+        s = torch.einsum("hnd,hd->hn", h, self.a_src)
+        t = torch.einsum("hnd,hd->hn", h, self.a_dst)
+        return MaskedAttention.apply(h, s, t, adjacency).transpose(0, 1).flatten(1)  # eq. (4): (N,out)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Network, eq. (5)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class UnSegMedGAT(nn.Module):
+    """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5)."""
+
+    def __init__(self, in_features, config=Config()):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]()
+        self.series = nn.ModuleList(
+            nn.ModuleList(
+                GraphAttention(in_features if layer == 0 else width, width, config.heads)
+                for layer in range(config.layers)
+            )
+            for width in config.widths
+        )
+        self.first = nn.ModuleList(nn.Linear(width, config.projection) for width in config.widths)
+        self.second = nn.Linear(config.projection, config.clusters)
+
+    def forward(self, features, adjacency):
+        """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1."""
+        total = 0
+        for layers, first in zip(self.series, self.first):
+            x = features
+            for layer in layers:
+                x = self.activation(layer(x, adjacency))  # eq. (3): (N,m_r)
+            total = total + first(x)  # H^(r): (N,M)
+        return self.second(total).softmax(dim=1)  # C: (N,K)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss, eqs. (6) to (8), and the fit
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
+    """L = -Q_g + b (sqrt(K)/n |sum_i C_i| - 1), eq. (8) at g = b = 1; a scalar.
+
+    assignment C (N,K), adjacency A (N,N) symmetric. Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2 is eq. (7) with
+    B = A - g d d^T/2m never formed; 2m = sum(A), d the degrees; g is the resolution of Reichardt and Bornholdt 2006.
+    """
+    n, k = assignment.shape
+    degree = adjacency.sum(1)  # d: (N,)
+    two_m = degree.sum().clamp(min=torch.finfo(degree.dtype).tiny)  # 0 only for a graph without edges
+    within = (assignment * (adjacency @ assignment)).sum() / two_m  # Tr(C^T A C) / 2m
+    expected = ((degree @ assignment) / two_m).square().sum()  # |C^T d|^2 / (2m)^2
+    collapse = math.sqrt(k) / n * assignment.sum(0).norm() - 1
+    return -(within - resolution * expected) + balance * collapse
+
+
+def new_network(in_features, config, device):
+    """The seeded network and its optimiser."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        network = UnSegMedGAT(in_features, config).to(device)
+    return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def step(network, optimizer, features, adjacency, config):
+    """One epoch on one image; returns the loss before the step, a scalar tensor."""
+    loss = modularity_loss(network(features, adjacency), adjacency, config.resolution, config.balance)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def fit(features, adjacency, config=Config(), shared=None):
+    """Optimise the network for one image alone: the assignment (N,K) and the loss at every epoch.
+
+    features (N,C) normalised, adjacency (N,N). shared: parameters from `fit_collective` to start from; the
+    config.collective passes they have had are then taken off the epochs.
+    """
+    network, optimizer = new_network(features.shape[1], config, features.device)
+    epochs = config.epochs
+    if shared is not None:
+        network.load_state_dict(shared)
+        epochs -= config.collective
+    losses = [step(network, optimizer, features, adjacency, config) for _ in range(epochs)]
+    with torch.no_grad():
+        return network(features, adjacency), torch.stack(losses).tolist()
+
+
+def fit_collective(features, config=Config(), progress=None):
+    """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
+
+    features: a sequence of (N,C), one an image (N may differ); each graph is built anew when its turn comes, so that
+    only one is in memory. progress: called after every step. Returns the state_dict that `fit` takes as `shared`.
+    """
+    network, optimizer = new_network(features[0].shape[1], config, features[0].device)
+    for _ in range(config.collective):
+        for x in features:
+            step(network, optimizer, x, build_graph(x, config.tau), config)
+            if progress:
+                progress()
+    return network.state_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From assignment to mask
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def foreground_score(assignment, surround):
+    """How much rarer each cluster is in the surround than in the image as a whole: (K,), above 0 is foreground.
+
+    assignment (h,w,K); surround (h,w) bool, the patches on the image's border, or around the user's box. The
+    photographer puts the object inside the frame, and what surrounds it touches the border. For K = 2 exactly one
+    cluster is foreground. The rule is ours, as the paper states none; no ground truth is involved.
+    """
+    share = assignment.mean((0, 1))
+    return 1 - assignment[surround].mean(0) / share.clamp(min=1e-6)
+
+
+def clean_mask(mask, components):
+    """Fill the holes of a mask (H,W) bool, then keep its `components` largest connected pieces, or all for 0."""
+    mask = ndimage.binary_fill_holes(mask)
+    if components:
+        pieces, count = ndimage.label(mask)
+        area = np.bincount(pieces.ravel(), minlength=count + 1)
+        area[0] = 0  # the background, which may well be the largest
+        keep = np.argsort(-area, kind="stable")[:components]
+        mask = np.isin(pieces, keep[area[keep] > 0])
+    return mask
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image, or the part of it around the user's box, made ready for the graph. s, t: its resized sides."""
+
+    rgb: np.ndarray  # (H,W,3) uint8, the whole image
+    window: tuple  # (y0, x0, y1, x1) px, the part that is looked at
+    inside: np.ndarray  # (H,W) bool, where the object may be: the box, or everywhere
+    size: tuple  # (s,t) px
+    grid: tuple  # (h,w) patches
+    surround: torch.Tensor  # (h,w) bool, the patches known or taken to be background
+    features: torch.Tensor  # (N,C) f, rows of length 1
+
+
+RING = 20  # px around the user's box that are looked at and known to be background; the authors' code uses the same margin
+
+
+def look(rgb, config, backbone, device="cpu", box=None):
+    """The Scene of an image (H,W,3) uint8.
+
+    box: (x0, y0, x1, y1) px, x1 and y1 excluded: a rectangle around the object, given by the user. Only it and a ring
+    of 20 px are looked at; what lies outside it is background. Raises ValueError for a box that is not in the image.
+    """
+    height, width = rgb.shape[:2]
+    x0, y0, x1, y1 = box or (0, 0, width, height)
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ValueError(f"the box {x0},{y0},{x1},{y1} must lie inside the image, {width} x {height}, with x0 < x1, y0 < y1")
+    inside = np.zeros((height, width), bool)
+    inside[y0:y1, x0:x1] = True
+    top, left = max(0, y0 - RING), max(0, x0 - RING)
+    window = (top, left, min(height, y1 + RING), min(width, x1 + RING))
+    part = rgb[top : window[2], left : window[3]]
+    if min(part.shape[:2]) < PATCH:
+        raise ValueError(f"the box {x0},{y0},{x1},{y1} is too small: with its ring, each side needs {PATCH} px")
+    image, (h, w) = resize_image(part, config.size, config.stride)
+    features = F.normalize(backbone.extract(image.to(device), config.stride), dim=1)
+
+    # The patches whose centres lie outside the box; without any, those on the border.
+    rows, columns = (
+        np.minimum(((np.arange(n) * config.stride + PATCH / 2) * (whole / resized)).astype(int), whole - 1)
+        for n, whole, resized in zip((h, w), part.shape[:2], image.shape[1:])
+    )
+    surround = ~torch.from_numpy(inside[top:, left:][np.ix_(rows, columns)])
+    if not surround.any():
+        surround[[0, -1], :] = surround[:, [0, -1]] = True
+    return Scene(rgb, window, inside, tuple(image.shape[1:]), (h, w), surround.to(device), features)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What `segment` returns; H, W are the image's own size after its EXIF rotation."""
+
+    mask: np.ndarray  # (H,W) bool, the object
+    probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before holes are filled and pieces dropped
+    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from the surest background cluster to the surest foreground
+    assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
+    scene: Scene  # what the graph was made of
+    history: list  # the loss at every epoch
+    backbone: str  # "dino" or "builtin"
+    seconds: dict  # wall-clock time of each stage
+
+
+def finish(scene, assignment, config):
+    """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
+
+    The foreground clusters are chosen, the soft assignment is upsampled and refined by the bilateral solver at the
+    image's own resolution, cluster by cluster (for K = 2 one is enough), then binarised, and the mask cleaned.
+    """
+    assignment = assignment.unflatten(0, scene.grid)  # (h,w,K)
+    score = foreground_score(assignment, scene.surround) * (-1 if config.invert else 1)
+    assignment = assignment[..., score.argsort()].cpu().numpy()
+    background = int((score <= 0).sum())  # the labels from here on are foreground
+
+    y0, x0, y1, x1 = scene.window
+    rgb, inside = scene.rgb[y0:y1, x0:x1], scene.inside[y0:y1, x0:x1]
+    soft = upsample(assignment, config.stride, rgb.shape[:2], scene.size)  # (H',W',K), H' and W' of the window
+    soft[~inside] = np.eye(config.clusters, dtype=np.float32)[0]
+    if config.refine:
+        soft = soft[..., 1:] if config.clusters == 2 else soft
+        soft = bilateral.solve(
+            soft, rgb, config.confidence, config.sigma_spatial, config.sigma_luma, config.sigma_chroma, config.smoothness
+        )
+        soft = soft.clip(0, 1).astype(np.float32)
+        soft = np.concatenate([1 - soft, soft], axis=2) if config.clusters == 2 else soft
+        soft /= soft.sum(2, keepdims=True).clip(1e-6)
+
+    labels, probability = np.zeros(scene.inside.shape, np.uint8), np.zeros(scene.inside.shape, np.float32)
+    labels[y0:y1, x0:x1] = soft.argmax(2) * inside
+    probability[y0:y1, x0:x1] = soft[..., background:].sum(2).clip(0, 1) * inside
+    mask = clean_mask((labels >= background) & scene.inside, config.components)
+    return mask, probability, labels, assignment
+
+
+def pick_device(device):
+    """A torch.device; "auto" is CUDA where there is a GPU, else the CPU. Raises ValueError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(torch.device(device).type, False):
+        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
+    return torch.device(device)
+
+
+def segment(
+    image,
+    config=Config(),
+    *,
+    box=None,
+    backbone="auto",
+    weights=None,
+    branch="teacher",
+    device="auto",
+    shared=None,
+    progress=False,
+):
+    """Segment one photograph: the whole method.
+
+    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box: (x0, y0, x1, y1) px, see `look`.
+    backbone: "auto", "dino", "builtin", or a Backbone. weights, branch: see `load_dino`. device: "auto", "cpu", "cuda"
+    or "mps". shared: parameters from `fit_collective`. progress: show the bar of a download.
+    Returns a Segmentation. Raises ImageError for an image that cannot be segmented, ValueError and OSError for
+    settings, weights or a device that cannot be had.
+    """
+    device = pick_device(device)
+    if not isinstance(backbone, Backbone):
+        backbone = load_backbone(backbone, weights, branch, device, progress)
+    seconds, start = {}, time.perf_counter()
+
+    def lap(stage):
+        nonlocal start
+        seconds[stage], start = time.perf_counter() - start, time.perf_counter()
+
+    rgb = load_image(image)
+    lap("read")
+    scene = look(rgb, config, backbone, device, box)
+    lap("features")
+    if np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2:  # grey levels: JPEG can make one or two of nothing
+        log.warning("the image is constant: there is no structure to segment, and the mask is empty")
+        nothing = np.zeros(rgb.shape[:2])
+        assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(scene.grid, int)]
+        outcome, history = (nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment), []
+    else:
+        assignment, history = fit(scene.features, build_graph(scene.features, config.tau), config, shared)
+        lap("fit")
+        outcome = finish(scene, assignment, config)
+        lap("refine")
+    return Segmentation(*outcome, scene, history, backbone.name, seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+TINT = (0, 200, 120)
+PALETTE = (0, 0, 0, 0, 200, 120, 240, 200, 0, 60, 120, 240, 230, 60, 60, 160, 80, 200, 0, 200, 220, 250, 130, 180)
+
+
+def overlay(rgb, mask):
+    """The image (H,W,3) uint8 with the mask (H,W) bool tinted and outlined, to look at: a PIL image."""
+    from torchvision.utils import draw_segmentation_masks  # takes over a second to import: only where it is used
+
+    tinted = draw_segmentation_masks(torch.from_numpy(rgb).permute(2, 0, 1), torch.from_numpy(mask), 0.2, TINT)
+    tinted = tinted.permute(1, 2, 0).numpy().copy()
+    width = max(1, round(min(mask.shape) / 200))
+    tinted[mask ^ ndimage.binary_erosion(mask, iterations=width)] = TINT
+    return Image.fromarray(tinted)
+
+
+def heat(values):
+    """Numbers (h,w) in [0,1] as colours (h,w,3) uint8, black over red and yellow to white."""
+    return (np.clip(np.asarray(values)[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8)
+
+
+def explain(result, config):
+    """One picture of the stages of a Segmentation side by side, each with its caption: a PIL image."""
+    from torchvision.transforms.functional import to_pil_image, to_tensor
+    from torchvision.utils import make_grid
+
+    y0, x0, y1, x1 = result.scene.window
+    rgb, mask = result.scene.rgb[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]
+    h, w = result.scene.grid
+    flat = result.scene.features.cpu()
+    centred = flat - flat.mean(0)
+    components = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:3].T  # first three principal components
+    low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
+    colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
+    inside = result.assignment[..., -1] * ndimage.distance_transform_edt(result.assignment.argmax(2) == config.clusters - 1)
+    node = int(inside.argmax())  # the patch deepest inside the surest foreground cluster
+    row = build_graph(flat, config.tau)[node].unflatten(0, (h, w)).numpy()
+    row, column = heat(row), np.unravel_index(node, (h, w))
+    row[column] = (0, 160, 255)
+
+    scale = 256 / min(rgb.shape[:2])
+    width, height = round(rgb.shape[1] * scale), round(rgb.shape[0] * scale)
+    tiles = [
+        ("1  image", Image.fromarray(rgb)),
+        (f"2  features ({result.backbone}), PCA", Image.fromarray((colours * 255).astype(np.uint8))),
+        ("3  graph: row of the blue patch", Image.fromarray(row)),
+        ("4  soft assignment", Image.fromarray(heat(result.assignment[..., -1]))),
+        ("5  refined mask", overlay(rgb, mask)),
+    ]
+    font, caption, pictures = ImageFont.load_default(14), 24, []
+    for text, picture in tiles:
+        patches = picture.width == w
+        picture = picture.resize((width, height), Image.NEAREST if patches else Image.LANCZOS)
+        tile = Image.new("RGB", (width, height + caption), "white")
+        tile.paste(picture, (0, caption))
+        ImageDraw.Draw(tile).text((2, 3), text, "black", font)
+        pictures.append(to_tensor(tile))
+    return to_pil_image(make_grid(pictures, nrow=len(pictures), padding=6, pad_value=1.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
+
+
+def comma_separated(text):
+    """Whole numbers from "1,2,3"."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def add_config_flags(parser):
+    """A flag for every field of Config, with its help, choices and default."""
+    group = parser.add_argument_group("hyper-parameters (source of the default in brackets)")
+    for field in dataclasses.fields(Config):
+        flag, default, info = "--" + field.name.replace("_", "-"), field.default, field.metadata
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{info['help']}; default {shown} [{info['source']}]".replace("%", "%%")
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif isinstance(default, tuple):
+            group.add_argument(flag, type=comma_separated, default=default, help=text,
+                               metavar="INT,INT")  # fmt: skip
+        else:
+            kind = type(default)
+            metavar = None if info["choices"] else kind.__name__.upper()
+            group.add_argument(flag, type=kind, choices=info["choices"], default=default, help=text, metavar=metavar)
+
+
+def config_from(options):
+    """The Config that parsed flags ask for. Raises ValueError for a value out of range."""
+    return Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="unsegmedgat.py",
+        description="Unsupervised segmentation of medical photographs (UnSegMedGAT). Not a medical device.",
+        epilog="Exit code: 0 all done, 1 some image failed, 2 wrong use.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
+    parser.add_argument("-o", "--output", type=Path, required=True,
+                        help="the mask, a .png file, for one image; a folder for several: one .png per image")  # fmt: skip
+    parser.add_argument("--box", type=comma_separated, metavar="X0,Y0,X1,Y1",
+                        help="px, a rectangle around the object; what lies outside it is background")  # fmt: skip
+    parser.add_argument("--probability", action="store_true", help="also write MASK_probability.png, 8 bit")
+    parser.add_argument("--labels", action="store_true", help="also write MASK_labels.png, the clusters in colours")
+    parser.add_argument("--overlay", action="store_true", help="also write MASK_overlay.png, the mask on the image")
+    parser.add_argument("--explain", action="store_true", help="also write MASK_explain.png, the stages side by side")
+    parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto",
+                        help="features: DINO's, the built-in descriptors, or DINO's if its weights can be had (auto)")  # fmt: skip
+    parser.add_argument("--weights", type=Path, help="DINO's weights file, instead of torch.hub's cache or a download")
+    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    parser.add_argument("--verbose", action="store_true", help="seconds of every stage")
+    add_config_flags(parser)
+    return parser
+
+
+def list_images(inputs):
+    """Every image named, and those in the folders named (not in folders below them), in order."""
+    found = []
+    for path in inputs:
+        if path.is_dir():
+            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+            if not inside:
+                raise ValueError(f"{path}: there is no image in this folder")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def plan_outputs(options):
+    """Pairs (image, {kind: output path}), checked before any work: one writer an output, and no output is an input."""
+    images, output = list_images(options.images), options.output
+    single = len(options.images) == 1 and not options.images[0].is_dir() and not output.is_dir()
+    if single and output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: the mask is written as PNG, so give a name that ends in .png, or an existing folder")
+    folder = output.parent if single else output
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, and a folder is needed here" + ("" if single else " for several masks"))
+    if not folder.exists() and (single or not folder.parent.is_dir()):
+        raise ValueError(f"{folder if single else folder.parent}: there is no such folder; create it first")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        raise ValueError(f"{folder}: no permission to write there")
+    folder.mkdir(exist_ok=True)
+
+    kinds = [kind for kind in ("probability", "labels", "overlay", "explain") if getattr(options, kind)] + ["mask"]
+    plan, writer = [], {}
+    sources = {image.resolve() for image in images}
+    for image in images:
+        mask = output if single else folder / f"{image.stem}.png"
+        outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
+        for path in outputs.values():
+            if path.resolve() in sources:
+                raise ValueError(f"{path}: would be written, but it is an input; choose another output")
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder, and a file is to be written there")
+            other = writer.setdefault(path.resolve(), image)
+            if other is not image:
+                raise ValueError(f"{path}: would be written for both {other} and {image}; rename one or run them apart")
+        plan.append((image, outputs))
+    return plan
+
+
+def save_png(image, path):
+    """Write beside, then rename: the file appears whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_outputs(outputs, result, config):
+    """The files asked for, the mask last, so that its presence says that the image is done."""
+    for kind, path in outputs.items():
+        if kind == "mask":
+            picture = Image.fromarray(result.mask.astype(np.uint8) * 255)
+        elif kind == "probability":
+            picture = Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))
+        elif kind == "labels":
+            picture = Image.fromarray(result.labels)
+            picture.putpalette(PALETTE)  # the pixel is the label; the palette makes it visible
+        elif kind == "overlay":
+            picture = overlay(result.scene.rgb, result.mask)
+        else:
+            picture = explain(result, config)
+        save_png(picture, path)
+
+
+def run(options):
+    """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
+    config = config_from(options)
+    plan = plan_outputs(options)
+    device = pick_device(options.device)
+    backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+    if options.skip_existing:
+        plan = [(image, outputs) for image, outputs in plan if not all(path.exists() for path in outputs.values())]
+    failures = {}
+
+    def attempt(image, work):
+        """Run work(); note a failure of this image and go on with the others."""
+        try:
+            return work()
+        except (ImageError, OSError, MemoryError, RuntimeError) as error:
+            failures[image] = str(error).split("\n")[0] or type(error).__name__
+            log.error("%s: %s", image, failures[image])
+
+    shared = None
+    if config.collective:
+        features = []
+        for image, _ in plan:
+            x = attempt(image, lambda: look(load_image(image), config, backbone, device, options.box).features)
+            features += [] if x is None else [x]
+        if features:
+            bar = torch.hub.tqdm(total=config.collective * len(features), desc="shared", disable=options.quiet)
+            with bar:
+                shared = fit_collective(features, config, progress=lambda: bar.update(1))
+        plan = [(image, outputs) for image, outputs in plan if image not in failures]
+
+    for number, (image, outputs) in enumerate(plan, 1):
+        start = time.perf_counter()
+
+        def work():
+            result = segment(image, config, box=options.box, backbone=backbone, device=device.type, shared=shared)
+            write_outputs(outputs, result, config)
+            return result
+
+        result = attempt(image, work)
+        if result and not options.quiet:
+            print(
+                f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  foreground {result.mask.mean():.1%}, "
+                f"backbone {result.backbone}, {time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
+            if options.verbose:
+                print("    " + ", ".join(f"{stage} {t:.2f} s" for stage, t in result.seconds.items()), flush=True)
+    if len(failures) > 0 and len(plan) + len(failures) > 1:
+        log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
+    return 1 if failures else 0
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    options = build_parser().parse_args(argv)
+    try:
+        return run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        log.error("%s", str(error).split("\n")[0])
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted; what is written is whole, and --skip-existing goes on from here")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
