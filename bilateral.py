@@ -147,6 +147,6 @@ def solve(
         evidence = grid.splat(confidence * target[(..., *k)])  # (V,)
         mean = evidence.sum() / trust.sum() if trust.any() else target[(..., *k)].mean()
         start = np.divide(evidence, trust, out=np.full(grid.vertices, mean), where=trust > 0)
-        values, _ = cg(system, evidence, x0=start, rtol=tolerance, maxiter=iterations, M=precondition)
-        solution[(..., *k)] = grid.slice(values)
+        change, _ = cg(system, evidence - system @ start, rtol=tolerance, maxiter=iterations, M=precondition)
+        solution[(..., *k)] = grid.slice(start + change)
     return solution

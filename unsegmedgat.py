@@ -375,11 +375,15 @@ def rgb_to_lab(image):
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
+
+
 def builtin_descriptors(image, stride=PATCH):
     """Colour, local contrast and oriented gradient energy around each patch; no learned weights.
 
-    image: (3,H,W) in [0,1]. Returns (N,C) row-major over the patch grid: standardised over the image, so that the
-    cosine of two rows is positive where they deviate from the image's mean alike, as eq. (1) needs.
+    image: (3,H,W) in [0,1]. Returns (N,C) row-major over the patch grid, less the image's mean: the cosine of two rows
+    is positive where they deviate from it alike, as eq. (1) needs. The channels keep their natural scale (grey levels
+    of Lab): scaling each by its own spread would blow up the noise of the channels that say nothing.
     """
     lab = rgb_to_lab(image)
     padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
@@ -393,9 +397,9 @@ def builtin_descriptors(image, stride=PATCH):
         pad = (context - PATCH) // 2
         mean = F.avg_pool2d(F.pad(maps, [pad] * 4, mode="replicate"), context, stride)[0]  # (8,h,w)
         contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
-        descriptors += [mean[:3], contrast, mean[4:].sqrt()]
+        descriptors += [mean[:1], CHROMA * mean[1:3], TEXTURE * contrast, TEXTURE * mean[4:].sqrt()]
     x = torch.cat(descriptors).flatten(1).T  # (N,C)
-    return (x - x.mean(0)) / (x.std(0) + 1e-6)
+    return x - x.mean(0)
 
 
 @dataclass(frozen=True)
@@ -468,38 +472,38 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     def row_blocks(adjacency):
         """Slices of rows with the mask N(i) of each, as numbers, since a product is faster than a selection."""
-        rows = 128 if adjacency.device.type == "cpu" else 4096
+        rows = 64 if adjacency.device.type == "cpu" else 2048
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
             yield block, (adjacency[block] > 0).to(adjacency.dtype)
 
     @staticmethod
     def exponentials(s, t):
-        """Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1; s, t: (H,N)."""
+        """Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1: (H,N) each."""
         top = t.amax(1, keepdim=True)
-        # Neighbours 80 below the top count as 80 below: they weigh e^-80 beside it, and no sum underflows to 0 / 0.
-        t = (t - top).clamp(min=-80)
+        # Whoever is over 60 below the top counts as 60 below: e^-60 beside it, and no sum of weights underflows.
+        t = (t - top).clamp(min=-60)
         s = s + top
         shift = F.leaky_relu(s, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
         return (s - shift).exp(), (SLOPE * s - shift).exp(), t.exp(), (SLOPE * t).exp()
 
     @staticmethod
-    def weights(factors, head, block, mask):
-        """exp(LeakyReLU(s_i + t_j) - shift_i) for the neighbours, else 0: (rows,N)."""
+    def weights(factors, block, mask):
+        """exp(LeakyReLU(s_i + t_j) - shift_i) for the neighbours, else 0: (H,rows,N)."""
         u, u_slope, v, v_slope = factors
-        steep = u[head, block, None] * v[head]
-        flat = u_slope[head, block, None] * v_slope[head]
+        steep = u[:, block, None] * v[:, None]
+        flat = u_slope[:, block, None] * v_slope[:, None]
         return torch.maximum(steep, flat, out=steep).mul_(mask)
 
     @staticmethod
-    def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
+    def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D), D = out/H
         factors = MaskedAttention.exponentials(s, t)
         h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2)  # (H,N,D+1): the last column sums the weights
         out = torch.empty_like(h1)
         for block, mask in MaskedAttention.row_blocks(adjacency):
-            for head in range(len(h)):
-                torch.mm(MaskedAttention.weights(factors, head, block, mask), h1[head], out=out[head, block])
-        total = out[..., -1:].clamp(min=torch.finfo(h.dtype).tiny)  # 0 only for a node without neighbours
+            out[:, block] = MaskedAttention.weights(factors, block, mask) @ h1
+        total = out[..., -1:]
+        total = torch.where(total > 0, total, 1)  # a node without neighbours gathers nothing
         out = out[..., :-1] / total
         ctx.save_for_backward(s, t, adjacency, h1, out, total, *factors)
         return out
@@ -512,14 +516,13 @@ class MaskedAttention(torch.autograd.Function):
         grad1 = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
         dh1, ds, dt = torch.zeros_like(h1), torch.empty_like(s), torch.zeros_like(t)
         for block, mask in MaskedAttention.row_blocks(adjacency):
-            for head in range(len(h1)):
-                weight = MaskedAttention.weights(factors, head, block, mask)  # (rows,N)
-                dh1[head].addmm_(weight.T, grad1[head, block])
-                de = (grad1[head, block] @ h1[head].T).mul_(weight)
-                score = torch.add(s[head, block, None], t[head], out=weight)
-                de = torch.ops.aten.leaky_relu_backward(de, score, SLOPE, False)
-                ds[head, block] = de.sum(1)
-                dt[head] += de.sum(0)
+            weight = MaskedAttention.weights(factors, block, mask)  # (H,rows,N)
+            dh1.baddbmm_(weight.mT, grad1[:, block])
+            de = (grad1[:, block] @ h1.mT).mul_(weight)
+            score = torch.add(s[:, block, None], t[:, None], out=weight)
+            de = torch.ops.aten.leaky_relu_backward(de, score, SLOPE, False)
+            ds[:, block] = de.sum(2)
+            dt += de.sum(1)
         return dh1[..., :-1], ds, dt, None
 
 
@@ -653,15 +656,22 @@ def fit_collective(features, config=Config(), progress=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def centre_prior(h, w, width):
+    """A Gaussian around the middle of a grid (h,w), `width` half sides wide; 1 in the middle."""
+    y, x = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n) for n in (h, w))
+    return torch.exp(-(y[:, None] ** 2 + x**2) / (2 * width**2))
+
+
 def foreground_score(assignment, surround):
     """How much rarer each cluster is in the surround than in the image as a whole: (K,), above 0 is foreground.
 
-    assignment (h,w,K); surround (h,w) bool, the patches on the image's border, or around the user's box. The
-    photographer puts the object inside the frame, and what surrounds it touches the border. For K = 2 exactly one
-    cluster is foreground. The rule is ours, as the paper states none; no ground truth is involved.
+    assignment (h,w,K); surround (h,w) in [0,1], how sure a patch is to be background: far from the middle, where the
+    photographer puts the object, or outside the user's box. For K = 2 exactly one cluster is foreground. The rule is
+    ours, as the paper states none; no ground truth is involved.
     """
     share = assignment.mean((0, 1))
-    return 1 - assignment[surround].mean(0) / share.clamp(min=1e-6)
+    there = (assignment * surround[..., None]).sum((0, 1)) / surround.sum()
+    return 1 - there / share.clamp(min=1e-6)
 
 
 def clean_mask(mask, components):
@@ -685,8 +695,8 @@ class Scene:
     inside: np.ndarray  # (H,W) bool, where the object may be: the box, or everywhere
     size: tuple  # (s,t) px
     grid: tuple  # (h,w) patches
-    surround: torch.Tensor  # (h,w) bool, the patches known or taken to be background
-    features: torch.Tensor  # (N,C) f, rows of length 1
+    surround: torch.Tensor  # (h,w) in [0,1], how sure a patch is to be background
+    features: torch.Tensor  # (N,C) f, rows of length sqrt(C): entries of about unit size, as initialisation expects
 
 
 RING = 20  # px around the user's box that are looked at and known to be background; the authors' code uses the same margin
@@ -711,15 +721,16 @@ def look(rgb, config, backbone, device="cpu", box=None):
         raise ValueError(f"the box {x0},{y0},{x1},{y1} is too small: with its ring, each side needs {PATCH} px")
     image, (h, w) = resize_image(part, config.size, config.stride)
     features = F.normalize(backbone.extract(image.to(device), config.stride), dim=1)
+    features = features * math.sqrt(features.shape[1])
 
-    # The patches whose centres lie outside the box; without any, those on the border.
+    # The patches whose centres lie outside the box; without any, whatever is far from the middle.
     rows, columns = (
         np.minimum(((np.arange(n) * config.stride + PATCH / 2) * (whole / resized)).astype(int), whole - 1)
         for n, whole, resized in zip((h, w), part.shape[:2], image.shape[1:])
     )
-    surround = ~torch.from_numpy(inside[top:, left:][np.ix_(rows, columns)])
+    surround = 1 - torch.from_numpy(inside[top:, left:][np.ix_(rows, columns)]).float()
     if not surround.any():
-        surround[[0, -1], :] = surround[:, [0, -1]] = True
+        surround = 1 - centre_prior(h, w, 0.5)
     return Scene(rgb, window, inside, tuple(image.shape[1:]), (h, w), surround.to(device), features)
 
 
@@ -1051,9 +1062,9 @@ def run(options):
             bar = torch.hub.tqdm(total=config.collective * len(features), desc="shared", disable=options.quiet)
             with bar:
                 shared = fit_collective(features, config, progress=lambda: bar.update(1))
-        plan = [(image, outputs) for image, outputs in plan if image not in failures]
 
-    for number, (image, outputs) in enumerate(plan, 1):
+    todo = [(image, outputs) for image, outputs in plan if image not in failures]
+    for number, (image, outputs) in enumerate(todo, 1):
         start = time.perf_counter()
 
         def work():
@@ -1064,13 +1075,13 @@ def run(options):
         result = attempt(image, work)
         if result and not options.quiet:
             print(
-                f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  foreground {result.mask.mean():.1%}, "
+                f"[{number}/{len(todo)}] {image} -> {outputs['mask']}  foreground {result.mask.mean():.1%}, "
                 f"backbone {result.backbone}, {time.perf_counter() - start:.1f} s",
                 flush=True,
             )
             if options.verbose:
                 print("    " + ", ".join(f"{stage} {t:.2f} s" for stage, t in result.seconds.items()), flush=True)
-    if len(failures) > 0 and len(plan) + len(failures) > 1:
+    if failures and len(plan) > 1:
         log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
     return 1 if failures else 0
 

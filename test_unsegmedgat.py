@@ -1,0 +1,839 @@
+"""Tests: each part against an independent reference, on tiny inputs. Run `python -m pytest -q`."""
+
+import argparse
+import contextlib
+import hashlib
+import http.server
+import math
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import networkx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import bilateral
+import unsegmedgat as u
+
+HERE = Path(__file__).parent
+QUICK = ["--size", "64", "--epochs", "20", "--backbone", "builtin", "--device", "cpu"]  # 64 patches, well under a second
+
+
+def random_graph(n, seed=0, dtype=torch.float64):
+    """A symmetric weighted adjacency with self-loops, about half of the edges present."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.rand(n, n, generator=generator, dtype=dtype)
+    a = (a + a.T) / 2
+    return (a * (a > 0.5)).fill_diagonal_(1)
+
+
+def lesion(height=96, width=128, seed=0):
+    """A brown ellipse on noisy skin: (H,W,3) uint8 and the truth (H,W) bool."""
+    y, x = np.mgrid[:height, :width]
+    truth = ((y - height * 0.5) / (height * 0.28)) ** 2 + ((x - width * 0.45) / (width * 0.25)) ** 2 < 1
+    rgb = np.where(truth[..., None], (120, 70, 50), (225, 180, 160)).astype(float)
+    rgb += np.random.default_rng(seed).normal(0, 4, rgb.shape)
+    return rgb.clip(0, 255).astype(np.uint8), truth
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(lesion()[0]).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=100),
+     dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(lr=math.inf), dict(lr=0), dict(widths=()), dict(layers=0),
+     dict(activation="tanh"), dict(confidence=1.1), dict(collective=60), dict(components=-1), dict(sigma_luma=0)],
+    ids=str,
+)  # fmt: skip
+def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace("heads", "heads|widths")):
+        u.Config(**wrong)
+
+
+def test_every_setting_is_a_flag_with_the_same_default_and_help():
+    parser = u.build_parser()
+    assert u.config_from(parser.parse_args(["a.png", "-o", "b.png"])) == u.Config()
+    given = parser.parse_args(["a.png", "-o", "b.png", "--tau", "0.5", "--widths", "32,64,96", "--no-refine", "--invert"])
+    assert u.config_from(given) == u.Config(tau=0.5, widths=(32, 64, 96), refine=False, invert=True)
+    text = " ".join(parser.format_help().split())
+    assert "--weight-decay" in text and "default 0.001 [paper, section III]" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graph, eq. (1); attention, eqs. (2) to (4); network, eq. (5)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_graph_is_the_thresholded_cosine():
+    f = torch.randn(7, 5)
+    expected = torch.zeros(7, 7)
+    for i in range(7):
+        for j in range(7):
+            cosine = f[i] @ f[j] / (f[i].norm() * f[j].norm())
+            expected[i, j] = cosine if cosine > 0.3 else 0
+    torch.testing.assert_close(u.build_graph(f, 0.3), expected)
+
+
+def plain_attention(h, s, t, adjacency):
+    """Eqs. (2) and (3) in six lines, with every N x N tensor that autograd then keeps; shapes as in MaskedAttention."""
+    e = F.leaky_relu(s[:, :, None] + t[:, None, :], 0.2)
+    e = e.masked_fill(adjacency <= 0, -torch.inf)
+    return e.softmax(dim=2) @ h
+
+
+def attention_inputs(n=150, heads=2, width=3, scale=1.0):  # over two row blocks
+    torch.manual_seed(1)
+    return [scale * torch.randn(*shape, dtype=torch.float64) for shape in [(heads, n, width), (heads, n), (heads, n)]]
+
+
+@pytest.mark.parametrize("scale", [1, 10])
+def test_blockwise_attention_equals_the_plain_one_forward_and_backward(scale):
+    adjacency, upstream = random_graph(150), torch.randn(2, 150, 3, dtype=torch.float64)
+    results = []
+    for attention in (plain_attention, u.MaskedAttention.apply):
+        inputs = [x.requires_grad_() for x in attention_inputs(scale=scale)]
+        out = attention(*inputs, adjacency)
+        results.append((out, *torch.autograd.grad(out, inputs, upstream)))
+    torch.testing.assert_close(*results)
+
+
+def test_the_hand_written_backward_passes_gradcheck():
+    inputs = [x.requires_grad_() for x in attention_inputs(n=9)]
+    assert torch.autograd.gradcheck(lambda *x: u.MaskedAttention.apply(*x, random_graph(9)), inputs)
+
+
+def test_attention_survives_huge_scores_and_isolated_nodes():
+    adjacency = random_graph(20, dtype=torch.float32)
+    adjacency[3], adjacency[:, 3] = 0, 0
+    inputs = [x.float().requires_grad_() for x in attention_inputs(n=20, scale=1e4)]
+    out = u.MaskedAttention.apply(*inputs, adjacency)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+    assert out.isfinite().all() and (out[:, 3] == 0).all()
+
+
+def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
+    torch.manual_seed(0)
+    layer, x, adjacency = u.GraphAttention(5, 6, heads=2), torch.randn(8, 5), random_graph(8, dtype=torch.float32)
+    expected = torch.zeros(8, 6)
+    for z in range(2):
+        w = layer.W.weight[3 * z : 3 * z + 3]  # W^z
+        a = torch.cat([layer.a_src[z], layer.a_dst[z]])
+        for i in range(8):
+            neighbours = [j for j in range(8) if adjacency[i, j] > 0]
+            scores = [F.leaky_relu(a @ torch.cat([w @ x[i], w @ x[j]]), 0.2) for j in neighbours]
+            alpha = torch.stack(scores).softmax(0)
+            expected[i, 3 * z : 3 * z + 3] = sum(alpha[n] * (w @ x[j]) for n, j in enumerate(neighbours))
+    torch.testing.assert_close(layer(x, adjacency), expected)
+    with pytest.raises(ValueError, match="4 heads do not divide the width 6"):
+        u.GraphAttention(5, 6, heads=4)
+
+
+@pytest.mark.parametrize("name, activation", [("silu", F.silu), ("selu", F.selu), ("relu", F.relu)])
+def test_network_is_equation_5(name, activation):
+    config = u.Config(widths=(8, 4), heads=2, projection=3, clusters=3, activation=name)
+    torch.manual_seed(0)
+    network, x, a = u.UnSegMedGAT(5, config), torch.randn(10, 5), random_graph(10, dtype=torch.float32)
+    (one, two), (three, four) = network.series
+    first = network.first[0](activation(two(activation(one(x, a)), a)))
+    second = network.first[1](activation(four(activation(three(x, a)), a)))
+    assignment = network(x, a)
+    torch.testing.assert_close(assignment, network.second(first + second).softmax(1))
+    torch.testing.assert_close(assignment.sum(1), torch.ones(10))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss, eqs. (6) to (8), and the fit
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_modularity_against_the_double_sum_of_equation_6_and_networkx():
+    a = random_graph(12).fill_diagonal_(0)  # networkx counts a self-loop twice in the degree
+    clusters = torch.arange(12) % 3
+    hard = F.one_hot(clusters).double()
+    d, two_m = a.sum(1), a.sum()
+    brute = sum(a[i, j] - d[i] * d[j] / two_m for i in range(12) for j in range(12) if clusters[i] == clusters[j]) / two_m
+    ours = -u.modularity_loss(hard, a, balance=0)
+    theirs = networkx.community.modularity(
+        networkx.from_numpy_array(a.numpy()), [set(np.flatnonzero(clusters == k)) for k in range(3)]
+    )
+    assert math.isclose(ours, brute, abs_tol=1e-12) and math.isclose(ours, theirs, abs_tol=1e-12)
+
+
+def test_loss_is_equation_8_with_b_formed_and_with_resolution_and_balance():
+    a, c = random_graph(10), torch.rand(10, 4, dtype=torch.float64).softmax(1)
+    d, two_m = a.sum(1), a.sum()
+    for g, b in [(1.0, 1.0), (0.5, 2.0)]:
+        trace = torch.trace(c.T @ (a - g * torch.outer(d, d) / two_m) @ c)
+        expected = -trace / two_m + b * (math.sqrt(4) / 10 * c.sum(0).norm() - 1)
+        torch.testing.assert_close(u.modularity_loss(c, a, g, b), expected)
+    one_cluster, halves = torch.eye(2)[torch.zeros(10, dtype=int)].double(), torch.eye(2)[torch.arange(10) % 2].double()
+    only_balance = [u.modularity_loss(x, torch.zeros(10, 10).double(), 0, 1).item() for x in (one_cluster, halves)]
+    assert only_balance == pytest.approx([math.sqrt(2) - 1, 0])
+
+
+def two_communities(n=40):
+    """Features of two groups, and which node is in which."""
+    torch.manual_seed(0)
+    group = torch.arange(n) % 2
+    return F.normalize(torch.eye(2)[group] @ torch.randn(2, 6) + 0.2 * torch.randn(n, 6), dim=1), group
+
+
+def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state_alone():
+    features, group = two_communities()
+    adjacency = u.build_graph(features, 0.3)
+    before = torch.get_rng_state()
+    assignment, history = u.fit(features, adjacency, u.Config())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (assignment.argmax(1) == group).float().mean() in (0, 1)
+    assert len(history) == 60 and history[-1] < history[0]
+    again, _ = u.fit(features, adjacency, u.Config())
+    other, _ = u.fit(features, adjacency, u.Config(seed=1))
+    assert torch.equal(assignment, again) and not torch.equal(assignment, other)
+
+
+def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
+    images = [two_communities(n)[0] for n in (20, 30)]
+    config = u.Config(collective=3, epochs=10, widths=(8,), heads=2)
+    torch.manual_seed(config.seed)
+    network = u.UnSegMedGAT(6, config)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
+    for _ in range(3):
+        for x in images:
+            adjacency = u.build_graph(x, 0.3)
+            optimizer.zero_grad()
+            u.modularity_loss(network(x, adjacency), adjacency).backward()
+            optimizer.step()
+    steps = []
+    shared = u.fit_collective(images, config, progress=lambda: steps.append(1))
+    torch.testing.assert_close(shared, dict(network.state_dict()), check_stride=False)
+    assert len(steps) == 6
+    kept = {name: tensor.clone() for name, tensor in shared.items()}
+    _, history = u.fit(images[0], u.build_graph(images[0], 0.3), config, shared)
+    assert len(history) == 7  # the remaining epochs
+    torch.testing.assert_close(shared, kept)  # each image starts from the same parameters
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """A small ViT with random parameters, and the same blocks as torch's own encoder layers."""
+    torch.manual_seed(0)
+    model = u.VisionTransformer(dim=24, depth=3, heads=2, grid=4).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    layers = []
+    for block in model.blocks:
+        layer = nn.TransformerEncoderLayer(24, 2, 96, 0, "gelu", 1e-6, batch_first=True, norm_first=True).eval()
+        layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias = block.attn.qkv.weight, block.attn.qkv.bias
+        layer.self_attn.out_proj, layer.norm1, layer.norm2 = block.attn.proj, block.norm1, block.norm2
+        layer.linear1, layer.linear2 = block.mlp.fc1, block.mlp.fc2
+        layers.append(layer)
+    return model, layers
+
+
+def test_vit_blocks_equal_torchs_encoder_layer(vit):
+    model, layers = vit
+    x = torch.randn(2, 9, 24)
+    for block, layer in zip(model.blocks, layers):
+        torch.testing.assert_close(block(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride, h, w", [(8, 4, 4), (8, 3, 6), (4, 5, 11), (2, 9, 21)])
+def test_keys_equal_the_third_of_qkv_after_the_other_blocks_row_major(vit, stride, h, w):
+    model, layers = vit
+    images = torch.randn(2, 3, (h - 1) * stride + 8, (w - 1) * stride + 8)
+    position = model.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    position = F.interpolate(position, size=(h, w), mode="bicubic")[0] if (h, w) != (4, 4) else position[0]
+    tokens = [model.cls_token[0, 0].expand(2, -1) + model.pos_embed[0, 0]]
+    for i in range(h):
+        for j in range(w):
+            patch = images[:, :, i * stride : i * stride + 8, j * stride : j * stride + 8]
+            embedded = torch.einsum("bcyx,dcyx->bd", patch, model.patch_embed.proj.weight)
+            tokens.append(embedded + model.patch_embed.proj.bias + position[:, i, j])
+    x = torch.stack(tokens, dim=1)
+    for layer in layers[:-1]:
+        x = layer(x)
+    expected = model.blocks[-1].attn.qkv(layers[-1].norm1(x))[:, 1:, 24:48]
+    torch.testing.assert_close(model.keys(images, stride), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_refuse_sides_that_are_no_multiples_of_the_patch(vit):
+    with pytest.raises(ValueError, match="multiples of the patch"):
+        vit[0].keys(torch.zeros(1, 3, 30, 32))
+
+
+def test_lab_of_known_colours():
+    colours = torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 1], [0, 0, 0]]).T[..., None]
+    expected = torch.tensor([[100, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [0, 0, 0]]).T[..., None]
+    torch.testing.assert_close(u.rgb_to_lab(colours), expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("stride, n", [(8, 12 * 16), (4, 23 * 31)])
+def test_builtin_descriptors_tell_lesion_from_skin(stride, n):
+    rgb, truth = lesion()
+    image = torch.from_numpy(rgb).permute(2, 0, 1) / 255
+    features = u.builtin_descriptors(image, stride)
+    assert len(features) == n and features.isfinite().all()
+    patch_truth = F.avg_pool2d(torch.from_numpy(truth)[None].float(), 8, stride).flatten()
+    adjacency = u.build_graph(features, 0.3)
+    inside, outside = patch_truth == 1, patch_truth == 0
+    within = (adjacency[inside][:, inside].mean() + adjacency[outside][:, outside].mean()) / 2
+    assert within > 0.4 and adjacency[inside][:, outside].mean() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dino_files(tmp_path_factory):
+    """Seeded random weights in the published layouts, and what each should load as."""
+    folder = tmp_path_factory.mktemp("weights")
+    branches = {}
+    for seed, branch in enumerate(["teacher", "student"]):
+        torch.manual_seed(seed)
+        model = u.VisionTransformer()
+        nn.init.normal_(model.pos_embed, std=0.02)
+        branches[branch] = model.state_dict()
+    torch.save(branches["teacher"], folder / "backbone.pth")
+    head = {"head.mlp.0.weight": torch.zeros(3, 384), "head.last_layer.weight_g": torch.ones(3, 1)}
+    full = {
+        "student": {f"module.backbone.{k}": v for k, v in branches["student"].items()}
+        | {f"module.{k}": v for k, v in head.items()},
+        "teacher": {f"backbone.{k}": v for k, v in branches["teacher"].items()} | head,
+        "args": argparse.Namespace(arch="vit_small", patch_size=8),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 800,
+    }
+    torch.save(full, folder / "full.pth")
+    return folder, branches
+
+
+def test_the_published_backbone_has_150_tensors_and_21_670_272_parameters():
+    tensors = u.VisionTransformer().state_dict()
+    assert len(tensors) == 150 and sum(t.numel() for t in tensors.values()) == 21_670_272
+    assert tensors["pos_embed"].shape == (1, 785, 384) and tensors["blocks.11.attn.qkv.weight"].shape == (1152, 384)
+
+
+@pytest.mark.parametrize("file, branch", [("backbone.pth", "teacher"), ("full.pth", "teacher"), ("full.pth", "student")])
+def test_both_layouts_load_exactly(dino_files, file, branch):
+    folder, branches = dino_files
+    model = u.load_dino(folder / file, branch)
+    torch.testing.assert_close(dict(model.state_dict()), dict(branches[branch]), rtol=0, atol=0)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code in a pickle has run",)
+
+
+def write_bad_weights(kind, path, good):
+    if kind == "html":
+        path.write_text("<!DOCTYPE html><html>404 not found</html>")
+    elif kind == "code":
+        torch.save({"cls_token": Malicious()}, path)
+    elif kind == "plain pickle":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif kind == "other network":
+        torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
+    elif kind == "lacks one":
+        torch.save({k: v for k, v in good.items() if k != "blocks.3.norm1.bias"}, path)
+    elif kind == "other shape":
+        torch.save(good | {"pos_embed": torch.zeros(1, 197, 384)}, path)
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    elif kind == "empty":
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [("html", "loaded safely"), ("code", "loaded safely"), ("plain pickle", "loaded safely"), ("empty", "loaded safely"),
+     ("other network", "cls_token missing"), ("lacks one", "blocks.3.norm1.bias missing"),
+     ("other shape", r"pos_embed is \(1, 197, 384\), not \(1, 785, 384\)"), ("a list", "holds a list"),
+     ("absent", "no such weights file")],
+)  # fmt: skip
+def test_bad_weights_are_refused_with_the_reason(dino_files, tmp_path, capsys, photo, caplog, kind, says):
+    path = tmp_path / "bad.pth"
+    write_bad_weights(kind, path, dino_files[1]["teacher"])
+    with pytest.raises((ValueError, OSError), match=says):
+        u.load_dino(path)
+    assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), "--weights", str(path)]) == 2
+    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+    assert "code in a pickle has run" not in capsys.readouterr().out
+    assert not (tmp_path / "mask.png").exists()
+
+
+def test_a_backbone_only_file_has_no_student(dino_files):
+    with pytest.raises(ValueError, match="no student"):
+        u.load_dino(dino_files[0] / "backbone.pth", "student")
+
+
+@contextlib.contextmanager
+def serve(content):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/dino.pth"
+    server.shutdown()
+
+
+def test_download_is_cached_and_its_digest_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with serve(b"weights") as url:
+        monkeypatch.setattr(u, "DINO_URL", url)
+        with pytest.raises(RuntimeError, match="invalid hash"):
+            u.fetch_dino(progress=False)
+        assert not list((tmp_path / "checkpoints").iterdir())  # neither the file nor a part of it
+        monkeypatch.setattr(u, "DINO_SHA256", hashlib.sha256(b"weights").hexdigest())
+        assert u.fetch_dino(progress=False).read_bytes() == b"weights"
+    assert u.fetch_dino(progress=False).name == "dino.pth"  # the host is gone: it came from the cache
+
+
+def test_auto_falls_back_with_one_clear_line_and_dino_never_does(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(u, "PATIENCE", 0.3)
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
+    monkeypatch.setattr(u, "DINO_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/dino.pth")
+    u.load_backbone.cache_clear()
+    result = u.segment(lesion()[0], u.Config(size=64, epochs=2), backbone="auto", device="cpu")
+    assert result.backbone == "builtin"
+    assert len(caplog.messages) == 1 and "--weights FILE" in caplog.messages[0] and "no answer" in caplog.messages[0]
+    with pytest.raises(OSError, match="no answer from 127.0.0.1"):
+        u.load_backbone("dino", None, "teacher", "cpu")
+    monkeypatch.setattr(u, "fetch_dino", lambda *_: pytest.fail("builtin must not try the network"))
+    assert u.load_backbone("builtin", None, "teacher", "cpu").name == "builtin"
+    u.load_backbone.cache_clear()
+
+
+def test_a_whole_run_on_dino_weights_from_a_file(dino_files, tmp_path, photo, capsys):
+    out = tmp_path / "mask.png"
+    flags = ["--weights", str(dino_files[0] / "full.pth"), "--size", "64", "--stride", "4", "--epochs", "3"]
+    assert u.main([str(photo), "-o", str(out), *flags]) == 0
+    assert "backbone dino" in capsys.readouterr().out and Image.open(out).size == (128, 96)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bilateral solver
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def reference_grid(guide, sigmas):
+    """The bilateral grid by a dictionary of coordinate tuples: vertex of each pixel (P,), blur matrix (V,V)."""
+    y, x = np.mgrid[: guide.shape[0], : guide.shape[1]]
+    r, g, b = guide.astype(np.float32).reshape(-1, 3).T
+    yuv = [0.299 * r + 0.587 * g + 0.114 * b]
+    yuv += [-0.168736 * r - 0.331264 * g + 0.5 * b + 128, 0.5 * r - 0.418688 * g - 0.081312 * b + 128]
+    axes = [y.ravel() / sigmas[0], x.ravel() / sigmas[0], yuv[0] / sigmas[1], yuv[1] / sigmas[2], yuv[2] / sigmas[2]]
+    cells = list(map(tuple, np.stack(axes, 1).astype(int)))
+    vertices = sorted(set(cells))
+    number = {cell: n for n, cell in enumerate(vertices)}
+    blur = np.zeros((len(vertices), len(vertices)))
+    for cell, n in number.items():
+        blur[n, n] = 10
+        for axis in range(5):
+            for sign in (-1, 1):
+                neighbour = cell[:axis] + (cell[axis] + sign,) + cell[axis + 1 :]
+                if neighbour in number:
+                    blur[n, number[neighbour]] = 1
+    return np.array([number[cell] for cell in cells]), blur
+
+
+@pytest.fixture
+def guide():
+    return np.random.default_rng(0).integers(0, 256, (23, 31, 3)).astype(np.uint8) // 3 + lesion(23, 31)[0] // 3
+
+
+def test_bilateral_grid_against_a_dictionary_of_cells(guide):
+    grid = bilateral.BilateralGrid(guide, 4, 9, 7)
+    vertex, blur = reference_grid(guide, (4, 9, 7))
+    assert np.array_equal(grid.pixel_vertex, vertex)
+    assert np.array_equal(grid.blur.toarray(), blur)
+
+
+def test_bilateral_solution_against_a_dense_solve(guide):
+    rng = np.random.default_rng(1)
+    target, confidence = rng.random((23, 31)), rng.random((23, 31))
+    vertex, blur = reference_grid(guide, (4, 9, 7))
+    splat = np.eye(len(blur))[vertex].T  # S: (V,P)
+    n, mass = np.ones(len(blur)), splat.sum(1)
+    for _ in range(10):
+        n = np.sqrt(n * mass / (blur @ n))
+    b_hat = n[:, None] * blur * n
+    laplacian = np.diag(b_hat.sum(1)) - b_hat
+    system = 12 * laplacian + np.diag(splat @ confidence.ravel())
+    values = np.linalg.solve(system, splat @ (confidence * target).ravel())
+    ours = bilateral.solve(target, guide, confidence, 4, 9, 7, smoothness=12, iterations=500, tolerance=1e-12)
+    np.testing.assert_allclose(ours, values[vertex].reshape(23, 31), atol=1e-8)
+    assert np.abs(b_hat.sum(1) - mass).max() / mass.max() < 0.05  # the iteration has all but converged
+
+
+def test_bilateral_keys_do_not_collide_at_the_largest_sizes():
+    guide = np.zeros((2, 70_000, 3), np.uint8)
+    guide[0, :, 0], guide[1, :, 2] = 255, 255
+    assert bilateral.BilateralGrid(guide, 1, 1, 1).vertices == 140_000
+    assert bilateral.BilateralGrid(guide, 70_000, 1, 1).vertices == 2
+
+
+def test_bilateral_keeps_constants_follows_edges_and_takes_zero_confidence(guide):
+    np.testing.assert_allclose(bilateral.solve(np.full((23, 31), 0.7), guide), 0.7, atol=1e-6)
+    nothing = bilateral.solve(np.eye(23, 31), guide, confidence=0)
+    np.testing.assert_allclose(nothing, np.eye(23, 31).mean())
+    rgb, truth = lesion()
+    known = np.random.default_rng(0).random(truth.shape) < 0.02  # two pixels in a hundred are enough
+    filled = bilateral.solve(np.where(known, truth, 0.5), rgb, confidence=known * 0.99)
+    assert iou(filled > 0.5, truth) > 0.95
+
+
+def test_bilateral_solves_several_targets_as_each_alone(guide):
+    targets = np.random.default_rng(2).random((23, 31, 3))
+    together = bilateral.solve(targets, guide)
+    for k in range(3):
+        np.testing.assert_array_equal(together[..., k], bilateral.solve(targets[..., k], guide))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [(dict(target=np.zeros((3, 3))), "same height"), (dict(target=np.full((23, 31), np.nan)), "finite"),
+     (dict(confidence=1.5), "confidence"), (dict(confidence=np.nan), "confidence"), (dict(sigma_luma=0), "sigma_luma"),
+     (dict(smoothness=-1), "smoothness"), (dict(guide=np.zeros((23, 31), np.uint8)), "guide"),
+     (dict(guide=np.zeros((23, 31, 3))), "guide")],
+    ids=str,
+)  # fmt: skip
+def test_bilateral_refuses_what_makes_no_sense(guide, change, says):
+    with pytest.raises(ValueError, match=says):
+        bilateral.solve(**dict(target=np.zeros((23, 31)), guide=guide) | change)
+
+
+def test_bilateral_needs_no_torch():
+    script = "import sys; sys.modules['torch'] = None; import bilateral"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=HERE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images, and from assignment to mask
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def grey16(path):
+    ramp = np.linspace(100, 4000, 40 * 30).reshape(30, 40).astype(np.uint16)  # a 12-bit camera
+    Image.fromarray(ramp).save(path)
+    return np.linspace(0, 255, 40 * 30).reshape(30, 40)
+
+
+def save_mode(mode):
+    def save(path):
+        grey = np.linspace(0, 255, 40 * 30).reshape(30, 40)
+        image = Image.fromarray(grey.astype(np.uint8))
+        if mode == "LA":
+            image.putalpha(Image.new("L", image.size, 255))
+        (image if mode == "LA" else image.convert(mode)).save(path)
+        return np.where(grey < 128, 0, 255) if mode == "1" else grey
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "name, save, tolerance",
+    [("g.png", save_mode("L"), 1), ("ga.png", save_mode("LA"), 1), ("p.png", save_mode("P"), 60), ("a.png", save_mode("RGBA"), 1),
+     ("c.jpg", save_mode("CMYK"), 6), ("16.png", grey16, 1), ("16.tif", grey16, 1), ("1.png", save_mode("1"), 255),
+     ("t.tif", save_mode("RGB"), 1), ("b.bmp", save_mode("RGB"), 1), ("f.tif", save_mode("F"), 1)],
+)  # fmt: skip
+def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, save, tolerance):
+    grey = save(tmp_path / name)
+    rgb = u.load_image(tmp_path / name)
+    assert rgb.shape == (30, 40, 3) and rgb.dtype == np.uint8
+    difference = np.abs(rgb.astype(float) - grey[..., None])
+    assert difference.max() <= tolerance and rgb.max() >= 254
+    if name == "1.png":  # dithered: right on average
+        assert difference.mean() < 64
+
+
+def test_transparency_is_laid_on_white_and_exif_turns_the_image(tmp_path):
+    Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (u.load_image(tmp_path / "clear.png") == 255).all()
+    rgb, _ = lesion()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    Image.fromarray(rgb).save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    assert u.load_image(tmp_path / "turned.jpg").shape == (128, 96, 3)
+    upright = np.rot90(rgb, -1)
+    assert np.abs(u.load_image(tmp_path / "turned.jpg").astype(int) - upright).mean() < 5
+
+
+def test_arrays_and_pil_images_are_images_too_and_other_arrays_are_refused():
+    rgb, _ = lesion()
+    assert np.array_equal(u.load_image(rgb), rgb)
+    assert np.array_equal(u.load_image(Image.fromarray(rgb)), rgb)
+    with pytest.raises(u.ImageError, match="uint8"):
+        u.load_image(rgb / 255)
+
+
+@pytest.mark.parametrize("stride", [8, 4, 2])
+def test_upsample_puts_every_patch_at_its_centre(stride):
+    s, t = 64, 96
+    rgb = np.zeros((2 * s, 2 * t, 3), np.uint8)
+    image, (h, w) = u.resize_image(rgb, s, stride)
+    assert image.shape == (3, s, t) and (h, w) == ((s - 8) // stride + 1, (t - 8) // stride + 1)
+    y, x = np.mgrid[:h, :w] * stride + 4.0  # centres in the resized image
+    values = u.upsample(np.stack([y, x], -1).astype(np.float32), stride, (2 * s, 2 * t), (s, t))
+    rows, columns = np.mgrid[: 2 * s, : 2 * t] / 2 + 0.25
+    np.testing.assert_allclose(values[8:-8, 8:-8, 0], rows[8:-8, 8:-8], rtol=1e-5)  # a linear ramp stays one
+    np.testing.assert_allclose(values[8:-8, 8:-8, 1], columns[8:-8, 8:-8], rtol=1e-5)
+
+
+def test_resize_keeps_the_aspect_and_refuses_a_graph_that_is_too_large():
+    assert u.resize_image(np.zeros((576, 768, 3), np.uint8), 224)[1] == (28, 37)
+    assert u.resize_image(np.zeros((100, 100, 3), np.uint8), 224, 4)[1] == (55, 55)
+    with pytest.raises(u.ImageError, match="patches"):
+        u.resize_image(np.zeros((8, 20_000, 3), np.uint8), 224)
+
+
+def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background():
+    mask = np.zeros((12, 12), bool)
+    mask[1:11, 1:9] = True  # larger than the background
+    mask[4:6, 4:6] = False
+    mask[2:4, 10:12] = mask[8, 11] = True
+    assert u.clean_mask(mask, 1).sum() == 80
+    assert u.clean_mask(mask, 2).sum() == 84
+    assert u.clean_mask(mask, 0).sum() == 85
+    assert not u.clean_mask(np.zeros((4, 4), bool), 1).any()
+
+
+def test_segment_finds_the_lesion_and_inverts_on_request():
+    rgb, truth = lesion()
+    config = u.Config(size=96, epochs=60)
+    result = u.segment(rgb, config, backbone="builtin", device="cpu")
+    assert result.mask.shape == result.probability.shape == result.labels.shape == truth.shape
+    assert (result.mask.dtype, result.probability.dtype, result.labels.dtype) == (bool, np.float32, np.uint8)
+    assert iou(result.mask, truth) > 0.9 and len(result.history) == 60 and result.backbone == "builtin"
+    assert result.probability[truth].mean() > 0.9 and result.probability[~truth].mean() < 0.1
+    again = u.segment(rgb, config, backbone="builtin", device="cpu")
+    assert np.array_equal(result.probability, again.probability)
+    inverted = u.segment(rgb, u.Config(size=96, epochs=60, invert=True), backbone="builtin", device="cpu")
+    assert iou(inverted.mask, ~truth) > 0.9
+
+
+def test_more_clusters_give_a_label_map_whose_last_labels_are_the_mask():
+    rgb, truth = lesion()
+    config = u.Config(size=96, clusters=4, components=0, refine=True)
+    result = u.segment(rgb, config, backbone="builtin", device="cpu")
+    assert result.labels.max() <= 3 and result.assignment.shape == (12, 16, 4)
+    assert iou(result.mask, truth) > 0.8
+    assert set(np.unique(result.labels[result.mask])).isdisjoint(np.unique(result.labels[~result.mask]))
+
+
+def test_a_box_confines_the_object_and_decides_the_polarity():
+    rgb, truth = lesion()
+    rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    both = np.concatenate([rgb, rgb[:, ::-1]], axis=1)  # a second lesion, outside the box
+    result = u.segment(both, u.Config(size=96), box=box, backbone="builtin", device="cpu")
+    assert iou(result.mask[:, :128], truth) > 0.9 and not result.mask[:, 128:].any()
+    outside = np.ones(both.shape[:2], bool)
+    outside[box[1] : box[3], box[0] : box[2]] = False
+    assert not result.probability[outside].any() and not result.labels[outside].any()
+    with pytest.raises(ValueError, match="inside the image"):
+        u.segment(rgb, box=(0, 0, 200, 50), backbone="builtin", device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_command_as_a_user_types_it(tmp_path, photo):
+    out = tmp_path / "mask.png"
+    command = [sys.executable, HERE / "unsegmedgat.py", photo, "-o", out, *QUICK, "--verbose"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "backbone builtin" in done.stdout and "refine" in done.stdout
+    mask = Image.open(out)
+    assert mask.mode == "L" and mask.size == (128, 96) and set(np.unique(mask)) == {0, 255}
+    assert iou(np.array(mask) > 0, lesion()[1]) > 0.9
+
+
+def test_all_outputs_of_a_folder_with_failures_listed_and_skipped_on_the_second_run(tmp_path, caplog, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for seed in range(2):
+        Image.fromarray(lesion(seed=seed)[0]).save(folder / f"{seed}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n then nothing")
+    (folder / "notes.txt").write_text("not an image, and not tried")
+    extras = ["--probability", "--labels", "--overlay", "--explain"]
+    assert u.main([str(folder), "-o", str(out), *QUICK, *extras]) == 1
+    names = {f"{s}{kind}.png" for s in "01" for kind in ("", "_probability", "_labels", "_overlay", "_explain")}
+    assert {p.name for p in out.iterdir()} == names
+    assert "broken.png" in caplog.messages[0] and caplog.messages[-1].startswith("1 failed")
+    assert Image.open(out / "0_overlay.png").size == Image.open(out / "0_labels.png").size == (128, 96)
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    (out / "1.png").unlink()
+    assert u.main([str(folder), "-o", str(out), *QUICK, *extras, "--skip-existing"]) == 1
+    changed = {p.name for p in out.iterdir() if before.get(p) != p.stat().st_mtime_ns}
+    assert changed == {n for n in names if n.startswith("1")}
+
+
+def test_collective_run_and_box_from_the_command_line(tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for seed in range(2):
+        Image.fromarray(lesion(seed=seed)[0]).save(folder / f"{seed}.png")
+    assert u.main([str(folder), "-o", str(out), *QUICK, "--collective", "5", "--box", "10,5,110,90", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    for seed in range(2):
+        assert iou(np.array(Image.open(out / f"{seed}.png")) > 0, lesion()[1]) > 0.9
+
+
+def bad_image(kind, path):
+    rgb = lesion()[0]
+    if kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        Image.fromarray(rgb).save(path)
+        path.write_bytes(path.read_bytes()[:3000])
+    elif kind == "not an image":
+        path.write_text("hello")
+    elif kind == "animated":
+        Image.fromarray(rgb).save(path, "GIF", save_all=True, append_images=[Image.fromarray(rgb[::-1])])
+    elif kind == "1 x 1":
+        Image.new("RGB", (1, 1)).save(path)
+    elif kind == "1 x 5000":
+        Image.new("RGB", (1, 5000)).save(path)
+    elif kind == "bomb":
+        Image.new("1", (40_000, 40_000)).save(path)
+    elif kind == "a folder of none":
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "kind, code, says",
+    [("missing", 1, "no such file"), ("empty", 1, "cannot be read"), ("truncated", 1, "cannot be read"),
+     ("not an image", 1, "cannot be read"), ("animated", 1, "2 frames"), ("1 x 1", 1, "1 x 1 pixels"),
+     ("1 x 5000", 1, "1 x 5000 pixels"), ("bomb", 1, "too many"), ("a folder of none", 2, "no image in this folder")],
+)  # fmt: skip
+def test_bad_images_end_in_one_clear_line_and_no_output(tmp_path, caplog, kind, code, says):
+    path, out = tmp_path / "bad.png", tmp_path / "mask.png"
+    bad_image(kind, path)
+    assert u.main([str(path), "-o", str(out), *QUICK]) == code
+    assert len(caplog.messages) == 1 and "bad.png" in caplog.messages[0] and says in caplog.messages[0]
+    assert "\n" not in caplog.messages[0] and [p for p in tmp_path.iterdir() if p != path] == []
+
+
+def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog):
+    Image.new("RGB", (64, 48), (200, 150, 140)).save(tmp_path / "flat.png")
+    arguments = [str(tmp_path / "flat.png"), "-o", str(tmp_path / "mask.png"), *QUICK, "--clusters", "3", "--invert"]
+    assert u.main([*arguments, "--explain", "--overlay", "--labels"]) == 0
+    assert not np.array(Image.open(tmp_path / "mask.png")).any() and "constant" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [(["{photo}", "-o", "{dir}/mask.jpg"], "ends in .png"),
+     (["{photo}", "-o", "{dir}/nowhere/mask.png"], "no such folder"),
+     (["{photo}", "-o", "{photo}"], "it is an input"),
+     (["{photo}", "{dir}/twin/photo.png", "-o", "{dir}/out"], "both"),
+     (["{photo}", "{dir}/twin", "-o", "{photo}"], "a folder is needed"),
+     (["{dir}/twin", "-o", "{dir}/twin"], "it is an input"),
+     (["{photo}", "-o", "{dir}/mask.png", "--tau", "nan"], "tau"),
+     (["{photo}", "-o", "{dir}/mask.png", "--tau", "1"], "tau"),
+     (["{photo}", "-o", "{dir}/mask.png", "--clusters", "1"], "clusters"),
+     (["{photo}", "-o", "{dir}/mask.png", "--heads", "3"], "widths"),
+     (["{photo}", "-o", "{dir}/mask.png", "--backbone", "builtin", "--weights", "x.pth"], "dino backbone"),
+     (["{photo}", "-o", "{dir}/mask.png", "--weights", "x.pth"], "x.pth")],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_wrong_use_is_refused_before_anything_is_written(tmp_path, photo, caplog, arguments, says):
+    (tmp_path / "twin").mkdir()
+    Image.fromarray(lesion()[0]).save(tmp_path / "twin" / "photo.png")
+    content = photo.read_bytes()
+    assert u.main([a.format(photo=photo, dir=tmp_path) for a in arguments]) == 2
+    assert len(caplog.messages) == 1 and says in caplog.messages[0] and "\n" not in caplog.messages[0]
+    assert photo.read_bytes() == content and not list(tmp_path.glob("mask*"))
+
+
+@pytest.mark.parametrize("flags", [["--widths", "a,b"], ["--epochs", "many"], ["--stride", "3"], ["--box", "1,2"], ["--no-such"]])
+def test_flags_that_do_not_parse_exit_with_2(tmp_path, photo, flags, capsys):
+    try:
+        code = u.main([str(photo), "-o", str(tmp_path / "mask.png"), *flags, "--backbone", "builtin"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_cuda_where_there_is_none_is_refused(tmp_path, photo, caplog):
+    assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), "--device", "cuda"]) == 2
+    assert "device cuda is not available" in caplog.messages[0]
+
+
+def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, photo, monkeypatch, caplog):
+    out = tmp_path / "mask.png"
+    out.write_bytes(b"an earlier result")
+
+    def fail_half_way(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail_half_way)
+    assert u.main([str(photo), "-o", str(out), *QUICK]) == 1
+    assert out.read_bytes() == b"an earlier result" and sorted(p.name for p in tmp_path.iterdir()) == ["mask.png", "photo.png"]
+    assert "No space left" in caplog.messages[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# GPU
+# ---------------------------------------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@cuda
+def test_attention_and_masks_on_cuda_agree_with_the_cpu():
+    inputs = attention_inputs()
+    adjacency = random_graph(150)
+    expected = u.MaskedAttention.apply(*inputs, adjacency)
+    ours = u.MaskedAttention.apply(*(x.cuda() for x in inputs), adjacency.cuda())
+    torch.testing.assert_close(ours.cpu(), expected)
+    rgb, _ = lesion()
+    masks = [u.segment(rgb, u.Config(size=96), backbone="builtin", device=d).mask for d in ("cpu", "cuda")]
+    assert iou(*masks) > 0.98
