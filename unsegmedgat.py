@@ -73,6 +73,8 @@ class Config:
     collective: int = setting(0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper")
     lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III")
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
+    prior: float = setting(1.0, "radii, how wide the nodes are weighted around the located object; 0: all alike", "ours")
+    colour_steps: int = setting(8, "steps of the colour model that sharpens the foreground; 0 for none", "ours")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006")
     balance: float = setting(1.0, "b, the weight of the second term of eq. (8), against one large cluster", "paper")
     seed: int = setting(0, "of the network's first parameters", "ours")
@@ -81,7 +83,7 @@ class Config:
     sigma_spatial: float = setting(11.0, "px, a cell of the bilateral grid", "authors' code")
     sigma_luma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
     sigma_chroma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
-    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code")
+    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours: measured; authors' code: 256")
     confidence: float = setting(0.999, "how far the solver trusts the assignment; in [0,1]", "authors' code")
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
 
@@ -110,6 +112,8 @@ class Config:
             ("collective", 0 <= self.collective < self.epochs, f"from 0 to epochs - 1 = {self.epochs - 1}"),
             ("lr", self.lr > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("prior", self.prior >= 0, "at least 0"),
+            ("colour_steps", self.colour_steps >= 0, "at least 0"),
             ("resolution", self.resolution >= 0, "at least 0"),
             ("balance", self.balance >= 0, "at least 0"),
             ("sigma_spatial", self.sigma_spatial > 0, "above 0"),
@@ -121,6 +125,10 @@ class Config:
         ]:  # fmt: skip
             if not good:
                 raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
+
+
+# What the paper does, as far as it says, and the authors' code where it does not: without what is ours.
+PRESETS = {"paper": {"prior": 0.0, "colour_steps": 0, "smoothness": 256.0}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,14 +198,14 @@ def resize_image(rgb, size, stride=PATCH):
     return (image[0] / 255).clamp(0, 1), (h, w)
 
 
-def upsample(values, stride, shape, size):
+def upsample(values, stride, shape, size, patch=PATCH):
     """Spread patch values (h,w,K) bilinearly over an image of shape (H,W), at the true patch centres: (H,W,K) numpy.
 
     size: (s,t), the resized image's height and width that the patches were cut from.
     """
     weights = []  # two matrices that interpolate: (H,h) and (W,w)
     for patches, pixels, resized in zip(values.shape[:2], shape, size):
-        centre = ((np.arange(pixels) + 0.5) * (resized / pixels) - PATCH / 2) / stride
+        centre = ((np.arange(pixels) + 0.5) * (resized / pixels) - patch / 2) / stride
         weights.append(np.stack([np.interp(centre, np.arange(patches), row) for row in np.eye(patches)], axis=1))
     rows, columns = (w.astype(np.float32) for w in weights)
     return np.stack([rows @ values[..., k] @ columns.T for k in range(values.shape[2])], axis=-1)
@@ -375,36 +383,90 @@ def rgb_to_lab(image):
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+def middle(n):
+    """Centres of n cells that divide [-1,1]."""
+    return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
+
+
+def even_light(lab, weight):
+    """Take uneven light and vignetting out of a Lab image (3,s,t): its deviations from a smooth surface, (3,s,t).
+
+    The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
+    so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
+    """
+
+    def basis(h, w):
+        y, x = torch.meshgrid(middle(h), middle(w), indexing="ij")
+        return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).to(lab)  # (h,w,6)
+
+    cells = F.avg_pool2d(lab, PATCH).flatten(1).T  # (cells,3)
+    terms, weight = basis(*weight.shape).flatten(0, 1), weight.flatten().to(lab)
+    robust, ridge = weight, 1e-3 * torch.eye(6).to(lab)
+    for _ in range(8):
+        weighted = terms.T * robust
+        coefficients = torch.linalg.solve(weighted @ terms + robust.mean() * ridge, weighted @ cells)  # (6,3)
+        deviation = cells - terms @ coefficients
+        spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
+        robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
+    return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the object roughly is, on the 8 px cells (s/8,t/8) of a resized image; floats in [0,1]."""
+
+    core: torch.Tensor  # 1 in a disc or ellipse that is mostly object
+    weights: torch.Tensor  # how much a cell matters: fades away from the core, 0 outside the field of view
+    box: torch.Tensor = None  # 1 inside the user's box, if there is one
+
+    def outside(self):
+        """The cells that are background, as far as the place tells; for `even_light`."""
+        grown = F.max_pool2d(self.core[None], 3, 1, 1)[0]
+        return (1 - (grown if self.box is None else self.box)) * (self.weights > 0) + 1e-3
+
+
 CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
 
 
-def builtin_descriptors(image, stride=PATCH):
+def builtin_descriptors(image, stride=PATCH, place=None):
     """Colour, local contrast and oriented gradient energy around each patch; no learned weights.
 
-    image: (3,H,W) in [0,1]. Returns (N,C) row-major over the patch grid, less the image's mean: the cosine of two rows
-    is positive where they deviate from it alike, as eq. (1) needs. The channels keep their natural scale (grey levels
-    of Lab): scaling each by its own spread would blow up the noise of the channels that say nothing.
+    image: (3,s,t) in [0,1]. place: see `locate`. Returns (N,C) row-major over the patch grid, less a middle value: the
+    cosine of two rows is positive where they deviate from it alike, as eq. (1) needs. The middle is half-way between
+    core and surround, or the image's mean where there is no place. The channels keep their natural scale (grey levels
+    of Lab), as dividing each by its spread would blow up the noise of those that say nothing; the last is constant,
+    the median length of the others, so that patches near the middle value are alike whatever their direction.
     """
     lab = rgb_to_lab(image)
+    cells = tuple(side // PATCH for side in lab.shape[1:])
+    lab = even_light(lab, place.outside() if place else torch.ones(cells))
     padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
     dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
     angles = [0, math.pi / 4, math.pi / 2, 3 * math.pi / 4]
-    energy = torch.cat([(math.cos(a) * dx + math.sin(a) * dy) ** 2 for a in angles], dim=1)  # (1,4,H,W)
-    maps = torch.cat([lab[None], lab[None, :1] ** 2, energy], dim=1)  # (1,8,H,W)
-    descriptors = []
-    for context in (PATCH, 3 * PATCH):  # the patch, and the patch with its neighbours
-        pad = (context - PATCH) // 2
-        mean = F.avg_pool2d(F.pad(maps, [pad] * 4, mode="replicate"), context, stride)[0]  # (8,h,w)
-        contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
-        descriptors += [mean[:1], CHROMA * mean[1:3], TEXTURE * contrast, TEXTURE * mean[4:].sqrt()]
-    x = torch.cat(descriptors).flatten(1).T  # (N,C)
-    return x - x.mean(0)
+    energy = torch.cat([(math.cos(a) * dx + math.sin(a) * dy) ** 2 for a in angles], dim=1)  # (1,4,s,t)
+    maps = torch.cat([lab, lab[:1] ** 2, energy[0]])  # (8,s,t)
+    mean = F.avg_pool2d(maps, PATCH, stride)  # (8,h,w)
+    contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
+    descriptors = torch.cat([mean[:1], CHROMA * mean[1:3], TEXTURE * contrast, TEXTURE * mean[4:].sqrt()])
+    x = descriptors.flatten(1).T  # (N,8)
+    middle_value = x.mean(0)
+    if place:
+        core, weights = (on_patches(m, descriptors.shape[1:]).flatten().to(x) for m in (place.core, place.weights))
+        inside, around = core * weights, (1 - core) * weights
+        middle_value = (inside @ x / inside.sum() + around @ x / around.sum()) / 2
+    x = x - middle_value
+    return torch.cat([x, x.norm(dim=1).median().expand(len(x), 1)], dim=1)
+
+
+def on_patches(cells, grid):
+    """A map of 8 px cells (s/8,t/8) read at the centres of the overlapping or not overlapping patches: grid (h,w)."""
+    return F.interpolate(cells[None, None], size=tuple(grid), mode="bilinear", align_corners=True)[0, 0]
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What turns an image into patch features: name "dino" or "builtin", and extract(image (3,s,t), stride) -> (N,C)."""
+    """What turns an image into patch features: "dino" or "builtin", and extract(image (3,s,t), stride, place) -> (N,C)."""
 
     name: str
     extract: object
@@ -433,7 +495,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
         )  # fmt: skip
         return Backbone("builtin", builtin_descriptors)
 
-    def extract(image, stride):
+    def extract(image, stride, place=None):
         mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
         with torch.no_grad():
             return model.keys(((image - mean) / std)[None], stride)[0]
@@ -446,11 +508,149 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def build_graph(features, tau):
-    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); entries 0 or in (tau,1], symmetric."""
+def build_graph(features, tau, weights=None):
+    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); entries 0 or in (tau,1], symmetric.
+
+    weights (N,), optional: how much each node matters; A_ij is multiplied by w_i w_j. A node of weight 0 has no edges.
+    """
     f = F.normalize(features, dim=1)
-    adjacency = f @ f.T
-    return F.threshold_(adjacency, tau, 0.0)  # eq. (1): f f^T * (f f^T > tau)
+    adjacency = F.threshold_(f @ f.T, tau, 0.0)  # eq. (1): f f^T * (f f^T > tau)
+    return adjacency if weights is None else adjacency.mul_(weights).mul_(weights[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where to look: weights for the nodes (ours, not the paper's)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def field_of_view(image):
+    """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
+
+    Left out is what sticks in from the border: the dark frame of an endoscope or dermatoscope, and whatever differs
+    sharply from the background's smooth surface, stays near the border and is not large: stickers, rulers, ink.
+    """
+    bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
+    h, w = bright.shape
+    y, x = middle(h)[:, None], middle(w)
+    radius = torch.maximum(y.abs(), x.abs()).numpy()
+
+    def touching(cells, depth, most):  # the pieces that touch the border, near it and not too large
+        pieces, count = ndimage.label(cells)
+        border = set(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])) - {0}
+        chosen = [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most]
+        return np.isin(pieces, chosen)
+
+    dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
+    weight = (0.05 + y**2 + x**2).clamp(max=1) * torch.from_numpy(~dark)
+    deviation = F.avg_pool2d(even_light(rgb_to_lab(image), weight), PATCH)  # (3,h,w)
+    spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
+    far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
+    objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35))
+    return torch.from_numpy(~(dark | objects)).float()
+
+
+def fade(rho, width):
+    """A Gaussian of rho, `width` wide; 1 everywhere for width 0."""
+    return torch.exp(-(rho**2) / (2 * width**2)) if width else torch.ones_like(rho)
+
+
+def locate(image, width):
+    """The Place of the object in an image (3,s,t) in [0,1]: the disc that differs most from the ring around it.
+
+    Centre-surround contrast (Itti, Koch and Niebur 1998) of colours under even light, favouring the middle of the
+    image, says roughly where the object is and how large. width: radii, of the Gaussian of the weights; 0 for none.
+    """
+    valid = field_of_view(image)
+    h, w = valid.shape
+    y, x = middle(h)[:, None], middle(w)
+    lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid)
+    colours = F.avg_pool2d(lab, PATCH) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
+    layers = (torch.cat([colours, torch.ones(1, h, w)]) * valid)[:, None]  # (4,1,h,w): the last counts
+    closeness = torch.exp(-(y**2 + x**2) / (2 * 0.7**2))
+    best, place = -1.0, (0, 0, 1)
+    for radius in min(h, w) * np.array([0.07, 0.11, 0.14, 0.2, 0.27, 0.36]):
+        reach = int(1.6 * radius + 0.7)
+        steps = torch.arange(-reach, reach + 1.0)
+        distance = torch.hypot(steps, steps[:, None])
+        disc = (distance <= radius).float()
+        ring = (distance <= 1.6 * radius + 0.7).float() - disc
+        sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (4,2,h,w)
+        means, shares = sums[:3] / sums[3].clamp(min=1), sums[3] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
+        contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
+        score = contrast * closeness * valid * radius**0.25
+        if score.max() > best:
+            best, place = score.max(), (*divmod(int(score.argmax()), w), radius)
+    row, column, radius = place
+    rho = torch.hypot(torch.arange(float(h))[:, None] - row, torch.arange(float(w)) - column) / radius
+    return Place((rho <= 1).float() * valid, fade(rho, width) * valid)
+
+
+def place_in_box(shape, box, width):
+    """The Place for a user's box: the ellipse inscribed in it. shape (s/8,t/8); box (x0,y0,x1,y1) in cells."""
+    x0, y0, x1, y1 = box
+    y, x = torch.arange(shape[0])[:, None] + 0.5, torch.arange(shape[1]) + 0.5
+    v, u = (y - (y0 + y1) / 2) / ((y1 - y0) / 2), (x - (x0 + x1) / 2) / ((x1 - x0) / 2)
+    rho = torch.hypot(v, u)
+    inside = (torch.maximum(v.abs(), u.abs()) <= 1).float()
+    return Place((rho <= 1).float(), fade(rho, width), inside)
+
+
+def gaussian_log_ratio(colours, foreground, background):
+    """log p(colour | foreground) / p(colour | background) of colours (P,3), each a full Gaussian, weighted (P,)."""
+    logs = []
+    for weight in (foreground, background):
+        weight = weight / weight.sum().clamp(min=3)
+        centred = colours - weight @ colours
+        covariance = (centred.T * weight) @ centred + 0.3**2 * torch.eye(3)  # the ridge: 3 grey levels
+        mahalanobis = (centred @ torch.linalg.inv(covariance) * centred).sum(1)
+        logs.append(-0.5 * (mahalanobis + torch.logdet(covariance)))
+    return logs[0] - logs[1]
+
+
+def model_colours(image, foreground, place, steps):
+    """Sharpen a foreground map by what the object and its surround look like: expectation maximisation.
+
+    image (3,s,t) in [0,1]; foreground (s/4,t/4) in [0,1], from the graph; place: a Place. One Gaussian of Lab colours
+    each for foreground and background, and a soft ellipse for the place: the one with the map's own moments, or the one
+    inscribed in the user's box. Returns the probability of foreground (s/4,t/4). Ours, in the manner of GrabCut
+    (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
+    """
+    colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside()), 4)  # (3,s/4,t/4)
+    h, w = colours.shape[1:]
+    colours = colours.flatten(1).T / 10
+    half = min(h, w) / 2
+    y, x = (torch.arange(h)[:, None].expand(h, w) / half, torch.arange(w).expand(h, w) / half)
+    xy = torch.stack([y, x]).flatten(1)  # (2,P), in half shorter sides
+    finer = lambda cells: cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # noqa: E731
+    allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
+
+    def ellipse(weight, grow):  # (P,), 1 on the ellipse with the moments of the weight, grown
+        weight = weight / weight.sum()
+        centred = xy - (xy @ weight)[:, None]
+        covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
+        return (centred * (torch.linalg.inv(covariance) @ centred)).sum(0).clamp(min=1e-6).sqrt()
+
+    pieces, _ = ndimage.label((foreground > 0.5).numpy() & allowed.bool().unflatten(0, (h, w)).numpy())
+    overlap = np.bincount(pieces.ravel(), finer(place.core).numpy())
+    overlap[0] = 0
+    if overlap.any():  # start from the piece that the place points at
+        foreground = foreground * torch.from_numpy(pieces == overlap.argmax())
+    p = foreground.flatten() * allowed
+    for _ in range(steps):
+        if place.box is None:
+            spatial = 2 * (1 - ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
+            log_odds = gaussian_log_ratio(colours, p, (1 - p) * allowed)
+        else:  # the ring outside the box is surely background, what is inside only half as surely
+            spatial = (8 * (1 - ellipse(finer(place.core), 1.05))).clamp(-4, 4)
+            log_odds = gaussian_log_ratio(colours, p, torch.where(allowed > 0, 0.5 * (1 - p), 1)).clamp(-4, 4)
+        p = torch.sigmoid(log_odds + spatial) * allowed
+        if place.box is None:
+            p = p * torch.from_numpy(clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)).flatten()
+    # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
+    mask = clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)
+    radius = math.sqrt(mask.sum() / math.pi)
+    p = ndimage.gaussian_filter(mask.astype(np.float32), 0.1 * radius, mode="nearest")
+    return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -636,16 +836,18 @@ def fit(features, adjacency, config=Config(), shared=None):
         return network(features, adjacency), torch.stack(losses).tolist()
 
 
-def fit_collective(features, config=Config(), progress=None):
+def fit_collective(images, config=Config(), progress=None):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
-    features: a sequence of (N,C), one an image (N may differ); each graph is built anew when its turn comes, so that
-    only one is in memory. progress: called after every step. Returns the state_dict that `fit` takes as `shared`.
+    images: a sequence of features (N,C) with the weights (N,) of their nodes, N may differ; each graph is built anew
+    when its turn comes, so that only one is in memory. progress: called after every step. Returns the state_dict that
+    `fit` takes as `shared`.
     """
-    network, optimizer = new_network(features[0].shape[1], config, features[0].device)
+    first = images[0][0]
+    network, optimizer = new_network(first.shape[1], config, first.device)
     for _ in range(config.collective):
-        for x in features:
-            step(network, optimizer, x, build_graph(x, config.tau), config)
+        for features, weights in images:
+            step(network, optimizer, features, build_graph(features, config.tau, weights), config)
             if progress:
                 progress()
     return network.state_dict()
@@ -656,22 +858,14 @@ def fit_collective(features, config=Config(), progress=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def centre_prior(h, w, width):
-    """A Gaussian around the middle of a grid (h,w), `width` half sides wide; 1 in the middle."""
-    y, x = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n) for n in (h, w))
-    return torch.exp(-(y[:, None] ** 2 + x**2) / (2 * width**2))
+def foreground_score(assignment, core):
+    """How much commoner each cluster is in the core than in the image as a whole: (K,), above 0 is foreground.
 
-
-def foreground_score(assignment, surround):
-    """How much rarer each cluster is in the surround than in the image as a whole: (K,), above 0 is foreground.
-
-    assignment (h,w,K); surround (h,w) in [0,1], how sure a patch is to be background: far from the middle, where the
-    photographer puts the object, or outside the user's box. For K = 2 exactly one cluster is foreground. The rule is
-    ours, as the paper states none; no ground truth is involved.
+    assignment (h,w,K); core (h,w) in [0,1], where the object most likely is. For K = 2 exactly one cluster is
+    foreground. The rule is ours, as the paper states none; no ground truth is involved.
     """
-    share = assignment.mean((0, 1))
-    there = (assignment * surround[..., None]).sum((0, 1)) / surround.sum()
-    return 1 - there / share.clamp(min=1e-6)
+    share = assignment.mean((0, 1)).clamp(min=1e-6)
+    return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
 
 
 def clean_mask(mask, components):
@@ -693,20 +887,21 @@ class Scene:
     rgb: np.ndarray  # (H,W,3) uint8, the whole image
     window: tuple  # (y0, x0, y1, x1) px, the part that is looked at
     inside: np.ndarray  # (H,W) bool, where the object may be: the box, or everywhere
-    size: tuple  # (s,t) px
     grid: tuple  # (h,w) patches
-    surround: torch.Tensor  # (h,w) in [0,1], how sure a patch is to be background
+    image: torch.Tensor  # (3,s,t) in [0,1], the window resized
+    place: Place  # where the object roughly is
+    weights: torch.Tensor  # (N,) of the nodes, from the place
     features: torch.Tensor  # (N,C) f, rows of length sqrt(C): entries of about unit size, as initialisation expects
 
 
-RING = 20  # px around the user's box that are looked at and known to be background; the authors' code uses the same margin
+RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
 
 
 def look(rgb, config, backbone, device="cpu", box=None):
     """The Scene of an image (H,W,3) uint8.
 
     box: (x0, y0, x1, y1) px, x1 and y1 excluded: a rectangle around the object, given by the user. Only it and a ring
-    of 20 px are looked at; what lies outside it is background. Raises ValueError for a box that is not in the image.
+    of 20 px or 30 % are looked at; what lies outside it is background. Raises ValueError for a box that is not in the image.
     """
     height, width = rgb.shape[:2]
     x0, y0, x1, y1 = box or (0, 0, width, height)
@@ -714,24 +909,22 @@ def look(rgb, config, backbone, device="cpu", box=None):
         raise ValueError(f"the box {x0},{y0},{x1},{y1} must lie inside the image, {width} x {height}, with x0 < x1, y0 < y1")
     inside = np.zeros((height, width), bool)
     inside[y0:y1, x0:x1] = True
-    top, left = max(0, y0 - RING), max(0, x0 - RING)
-    window = (top, left, min(height, y1 + RING), min(width, x1 + RING))
-    part = rgb[top : window[2], left : window[3]]
+    ring_x, ring_y = (max(RING, round(0.3 * side)) if box else 0 for side in (x1 - x0, y1 - y0))
+    top, left, bottom, right = max(0, y0 - ring_y), max(0, x0 - ring_x), min(height, y1 + ring_y), min(width, x1 + ring_x)
+    part = rgb[top:bottom, left:right]
     if min(part.shape[:2]) < PATCH:
         raise ValueError(f"the box {x0},{y0},{x1},{y1} is too small: with its ring, each side needs {PATCH} px")
-    image, (h, w) = resize_image(part, config.size, config.stride)
-    features = F.normalize(backbone.extract(image.to(device), config.stride), dim=1)
-    features = features * math.sqrt(features.shape[1])
-
-    # The patches whose centres lie outside the box; without any, whatever is far from the middle.
-    rows, columns = (
-        np.minimum(((np.arange(n) * config.stride + PATCH / 2) * (whole / resized)).astype(int), whole - 1)
-        for n, whole, resized in zip((h, w), part.shape[:2], image.shape[1:])
-    )
-    surround = 1 - torch.from_numpy(inside[top:, left:][np.ix_(rows, columns)]).float()
-    if not surround.any():
-        surround = 1 - centre_prior(h, w, 0.5)
-    return Scene(rgb, window, inside, tuple(image.shape[1:]), (h, w), surround.to(device), features)
+    image, grid = resize_image(part, config.size, config.stride)
+    cells = tuple(side // PATCH for side in image.shape[1:])
+    if box:
+        sx, sy = cells[1] / (right - left), cells[0] / (bottom - top)
+        place = place_in_box(cells, ((x0 - left) * sx, (y0 - top) * sy, (x1 - left) * sx, (y1 - top) * sy), config.prior)
+    else:
+        place = locate(image, config.prior)
+    features = backbone.extract(image.to(device), config.stride, place if config.prior else None)
+    features = F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+    weights = on_patches(place.weights, grid).flatten().to(device)
+    return Scene(rgb, (top, left, bottom, right), inside, grid, image, place, weights, features)
 
 
 @dataclass(frozen=True)
@@ -755,28 +948,38 @@ def finish(scene, assignment, config):
     image's own resolution, cluster by cluster (for K = 2 one is enough), then binarised, and the mask cleaned.
     """
     assignment = assignment.unflatten(0, scene.grid)  # (h,w,K)
-    score = foreground_score(assignment, scene.surround) * (-1 if config.invert else 1)
+    core = on_patches(scene.place.core, scene.grid).to(assignment)
+    score = foreground_score(assignment, core) * (-1 if config.invert else 1)
     assignment = assignment[..., score.argsort()].cpu().numpy()
     background = int((score <= 0).sum())  # the labels from here on are foreground
 
     y0, x0, y1, x1 = scene.window
     rgb, inside = scene.rgb[y0:y1, x0:x1], scene.inside[y0:y1, x0:x1]
-    soft = upsample(assignment, config.stride, rgb.shape[:2], scene.size)  # (H',W',K), H' and W' of the window
-    soft[~inside] = np.eye(config.clusters, dtype=np.float32)[0]
+    s, t = scene.image.shape[1:]
+    foreground = assignment[..., background:].sum(2, keepdims=True)  # (h,w,1)
+    if config.colour_steps and not config.invert:
+        foreground = torch.from_numpy(upsample(foreground, config.stride, (s // 4, t // 4), (s, t))[..., 0])
+        foreground = model_colours(scene.image, foreground, scene.place, config.colour_steps).numpy()
+        foreground = upsample(foreground[..., None], 4, rgb.shape[:2], (s, t), 4)
+    else:
+        foreground = upsample(foreground, config.stride, rgb.shape[:2], (s, t))
+    soft = foreground * inside[..., None]  # (H',W',1), H' and W' of the window
+    if config.clusters > 2:
+        soft = np.concatenate([soft, upsample(assignment, config.stride, rgb.shape[:2], (s, t))], axis=2)
     if config.refine:
-        soft = soft[..., 1:] if config.clusters == 2 else soft
-        soft = bilateral.solve(
-            soft, rgb, config.confidence, config.sigma_spatial, config.sigma_luma, config.sigma_chroma, config.smoothness
-        )
-        soft = soft.clip(0, 1).astype(np.float32)
-        soft = np.concatenate([1 - soft, soft], axis=2) if config.clusters == 2 else soft
-        soft /= soft.sum(2, keepdims=True).clip(1e-6)
+        sigmas = config.sigma_spatial, config.sigma_luma, config.sigma_chroma
+        soft = bilateral.solve(soft, rgb, config.confidence, *sigmas, config.smoothness).astype(np.float32)
 
     labels, probability = np.zeros(scene.inside.shape, np.uint8), np.zeros(scene.inside.shape, np.float32)
-    labels[y0:y1, x0:x1] = soft.argmax(2) * inside
-    probability[y0:y1, x0:x1] = soft[..., background:].sum(2).clip(0, 1) * inside
-    mask = clean_mask((labels >= background) & scene.inside, config.components)
-    return mask, probability, labels, assignment
+    probability[y0:y1, x0:x1] = soft[..., 0].clip(0, 1) * inside
+    mask = probability > 0.5
+    if config.clusters == 2:
+        labels[mask] = 1
+    else:  # the likeliest cluster, of the foreground ones inside the mask and of the others outside it
+        clusters = soft[..., 1:]
+        chosen = np.where(mask[y0:y1, x0:x1, None], np.arange(config.clusters) >= background, np.arange(config.clusters) < background)
+        labels[y0:y1, x0:x1] = np.where(chosen, clusters, -np.inf).argmax(2)
+    return clean_mask(mask, config.components), probability, labels, assignment
 
 
 def pick_device(device):
@@ -828,7 +1031,7 @@ def segment(
         assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(scene.grid, int)]
         outcome, history = (nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment), []
     else:
-        assignment, history = fit(scene.features, build_graph(scene.features, config.tau), config, shared)
+        assignment, history = fit(scene.features, build_graph(scene.features, config.tau, scene.weights), config, shared)
         lap("fit")
         outcome = finish(scene, assignment, config)
         lap("refine")
@@ -874,7 +1077,7 @@ def explain(result, config):
     colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
     inside = result.assignment[..., -1] * ndimage.distance_transform_edt(result.assignment.argmax(2) == config.clusters - 1)
     node = int(inside.argmax())  # the patch deepest inside the surest foreground cluster
-    row = build_graph(flat, config.tau)[node].unflatten(0, (h, w)).numpy()
+    row = build_graph(flat, config.tau, result.scene.weights.cpu())[node].unflatten(0, (h, w)).numpy()
     row, column = heat(row), np.unravel_index(node, (h, w))
     row[column] = (0, 160, 255)
 
@@ -952,12 +1155,22 @@ def build_parser():
                         help="features: DINO's, the built-in descriptors, or DINO's if its weights can be had (auto)")  # fmt: skip
     parser.add_argument("--weights", type=Path, help="DINO's weights file, instead of torch.hub's cache or a download")
     parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
+    parser.add_argument("--preset", choices=PRESETS, help="the paper's own settings, without our additions; other flags still count")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
     parser.add_argument("--verbose", action="store_true", help="seconds of every stage")
     add_config_flags(parser)
     return parser
+
+
+def parse_options(parser, argv=None):
+    """The parsed options, where a preset changes the defaults and the flags given still win."""
+    options = parser.parse_args(argv)
+    if options.preset:
+        parser.set_defaults(**PRESETS[options.preset])
+        options = parser.parse_args(argv)
+    return options
 
 
 def list_images(inputs):
@@ -1054,14 +1267,13 @@ def run(options):
 
     shared = None
     if config.collective:
-        features = []
+        scenes = []
         for image, _ in plan:
-            x = attempt(image, lambda: look(load_image(image), config, backbone, device, options.box).features)
-            features += [] if x is None else [x]
-        if features:
-            bar = torch.hub.tqdm(total=config.collective * len(features), desc="shared", disable=options.quiet)
-            with bar:
-                shared = fit_collective(features, config, progress=lambda: bar.update(1))
+            scene = attempt(image, lambda: look(load_image(image), config, backbone, device, options.box))
+            scenes += [(scene.features, scene.weights)] if scene else []
+        if scenes:
+            with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=options.quiet) as bar:
+                shared = fit_collective(scenes, config, progress=lambda: bar.update(1))
 
     todo = [(image, outputs) for image, outputs in plan if image not in failures]
     for number, (image, outputs) in enumerate(todo, 1):
@@ -1089,7 +1301,7 @@ def run(options):
 def main(argv=None):
     """The command line; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    options = build_parser().parse_args(argv)
+    options = parse_options(build_parser(), argv)
     try:
         return run(options)
     except (ValueError, OSError, RuntimeError) as error:
