@@ -671,11 +671,11 @@ class MaskedAttention(torch.autograd.Function):
 
     @staticmethod
     def row_blocks(adjacency):
-        """Slices of rows with the mask N(i) of each, as numbers, since a product is faster than a selection."""
+        """Slices of rows with the mask N(i) of each as 0 and 1, since a product is faster than a selection."""
         rows = 64 if adjacency.device.type == "cpu" else 2048
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
-            yield block, (adjacency[block] > 0).to(adjacency.dtype)
+            yield block, adjacency[block].sign()  # no entry is negative
 
     @staticmethod
     def exponentials(s, t):
@@ -698,32 +698,34 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D), D = out/H
         factors = MaskedAttention.exponentials(s, t)
-        h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2)  # (H,N,D+1): the last column sums the weights
-        out = torch.empty_like(h1)
+        out, total = torch.empty_like(h), torch.empty_like(h[..., :1])
         for block, mask in MaskedAttention.row_blocks(adjacency):
-            out[:, block] = MaskedAttention.weights(factors, block, mask) @ h1
-        total = out[..., -1:]
+            weight = MaskedAttention.weights(factors, block, mask)
+            total[:, block] = weight.sum(2, keepdim=True)
+            out[:, block] = weight @ h
         total = torch.where(total > 0, total, 1)  # a node without neighbours gathers nothing
-        out = out[..., :-1] / total
-        ctx.save_for_backward(s, t, adjacency, h1, out, total, *factors)
+        out /= total
+        ctx.save_for_backward(h, s, t, adjacency, out, total, *factors)
         return out
 
     @staticmethod
     def backward(ctx, grad):  # (H,N,D)
-        s, t, adjacency, h1, out, total, *factors = ctx.saved_tensors
-        # d e_ij = alpha_ij (grad_i . h_j - grad_i . out_i): one product, with the ones of h1 carrying the second term.
+        h, s, t, adjacency, out, total, *factors = ctx.saved_tensors
         grad = grad / total
+        # d e_ij = alpha_ij (grad_i . h_j - grad_i . out_i), in one product: a column more on either side carries
+        # the second term.
         grad1 = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
-        dh1, ds, dt = torch.zeros_like(h1), torch.empty_like(s), torch.zeros_like(t)
+        h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
+        dh, ds, dt = torch.zeros_like(h), torch.empty_like(s), torch.zeros_like(t)
         for block, mask in MaskedAttention.row_blocks(adjacency):
             weight = MaskedAttention.weights(factors, block, mask)  # (H,rows,N)
-            dh1.baddbmm_(weight.mT, grad1[:, block])
-            de = (grad1[:, block] @ h1.mT).mul_(weight)
+            dh.baddbmm_(weight.mT, grad[:, block])
+            de = (grad1[:, block] @ h1).mul_(weight)
             score = torch.add(s[:, block, None], t[:, None], out=weight)
             de = torch.ops.aten.leaky_relu_backward(de, score, SLOPE, False)
             ds[:, block] = de.sum(2)
             dt += de.sum(1)
-        return dh1[..., :-1], ds, dt, None
+        return dh, ds, dt, None
 
 
 class GraphAttention(nn.Module):
