@@ -24,7 +24,7 @@ RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5,
 
 
 class BilateralGrid:
-    """The occupied cells of a grid over (row, column, luma, chroma, chroma), and the blur between them (section 2.1).
+    """The occupied cells of a grid over (row, column, luma, chroma, chroma), and their blur (section 2.1).
 
     guide: (H,W,3) uint8, RGB. sigma_spatial in pixels, sigma_luma and sigma_chroma in grey levels: the sides of a cell.
     Raises ValueError for another shape or type, or a sigma that is not a positive number.
@@ -38,7 +38,8 @@ class BilateralGrid:
         guide = np.asarray(guide)
         if guide.ndim != 3 or guide.shape[2] != 3 or guide.dtype != np.uint8 or guide.size == 0:
             raise ValueError(f"guide must be a (H,W,3) uint8 RGB image, got shape {guide.shape} of {guide.dtype}")
-        for name, sigma in [("sigma_spatial", sigma_spatial), ("sigma_luma", sigma_luma), ("sigma_chroma", sigma_chroma)]:
+        sigmas = {"sigma_spatial": sigma_spatial, "sigma_luma": sigma_luma, "sigma_chroma": sigma_chroma}
+        for name, sigma in sigmas.items():
             if not 0 < sigma < np.inf:
                 raise ValueError(f"{name} must be a positive number, got {sigma}")
         self.shape = height, width = guide.shape[:2]

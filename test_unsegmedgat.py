@@ -18,13 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.stats import multivariate_normal
 from torch import nn
 
 import bilateral
 import unsegmedgat as u
 
 HERE = Path(__file__).parent
-QUICK = ["--size", "64", "--epochs", "20", "--backbone", "builtin", "--device", "cpu"]  # 64 patches, well under a second
+QUICK = ["--size", "64", "--epochs", "20", "--backbone", "builtin", "--device", "cpu"]  # under 100 patches
 
 
 def random_graph(n, seed=0, dtype=torch.float64):
@@ -74,7 +75,8 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
 def test_every_setting_is_a_flag_with_the_same_default_and_help():
     parser = u.build_parser()
     assert u.config_from(parser.parse_args(["a.png", "-o", "b.png"])) == u.Config()
-    given = parser.parse_args(["a.png", "-o", "b.png", "--tau", "0.5", "--widths", "32,64,96", "--no-refine", "--invert"])
+    flags = ["--tau", "0.5", "--widths", "32,64,96", "--no-refine", "--invert"]
+    given = parser.parse_args(["a.png", "-o", "b.png", *flags])
     assert u.config_from(given) == u.Config(tau=0.5, widths=(32, 64, 96), refine=False, invert=True)
     text = " ".join(parser.format_help().split())
     assert "--weight-decay" in text and "default 0.001 [paper, section III]" in text
@@ -173,7 +175,8 @@ def test_modularity_against_the_double_sum_of_equation_6_and_networkx():
     clusters = torch.arange(12) % 3
     hard = F.one_hot(clusters).double()
     d, two_m = a.sum(1), a.sum()
-    brute = sum(a[i, j] - d[i] * d[j] / two_m for i in range(12) for j in range(12) if clusters[i] == clusters[j]) / two_m
+    same = [(i, j) for i in range(12) for j in range(12) if clusters[i] == clusters[j]]
+    brute = sum(a[i, j] - d[i] * d[j] / two_m for i, j in same) / two_m
     ours = -u.modularity_loss(hard, a, balance=0)
     theirs = networkx.community.modularity(
         networkx.from_numpy_array(a.numpy()), [set(np.flatnonzero(clusters == k)) for k in range(3)]
@@ -305,6 +308,96 @@ def test_builtin_descriptors_tell_lesion_from_skin(stride, n):
     inside, outside = patch_truth == 1, patch_truth == 0
     within = (adjacency[inside][:, inside].mean() + adjacency[outside][:, outside].mean()) / 2
     assert within > 0.4 and adjacency[inside][:, outside].mean() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ours: where the object is, and what it looks like
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def as_tensor(rgb):
+    return torch.from_numpy(rgb).permute(2, 0, 1) / 255
+
+
+def test_even_light_takes_out_a_quadratic_surface_and_leaves_the_object():
+    y, x = torch.meshgrid(u.middle(96), u.middle(128), indexing="ij")
+    light = torch.stack([60 + 8 * x - 5 * y * y, 10 + 3 * x * y, 15 - 4 * x * x])
+    spot = torch.zeros(96, 128)
+    spot[40:64, 56:80] = -30
+    even = u.even_light(light + torch.stack([spot, spot * 0, spot * 0]), torch.ones(12, 16))
+    torch.testing.assert_close(even[0], spot, rtol=0, atol=0.5)
+    torch.testing.assert_close(even[1:], torch.zeros(2, 96, 128), rtol=0, atol=0.2)
+
+
+def test_field_of_view_leaves_out_a_dark_frame_and_a_sticker_at_the_border_but_not_the_lesion():
+    rgb, _ = lesion(160, 224)
+    rgb[:, :16] = 5  # an endoscope's frame
+    rgb[120:, 184:] = (40, 90, 220)  # a blue sticker in the corner
+    valid = u.field_of_view(as_tensor(rgb))
+    assert not valid[:, :2].any() and not valid[15:, 23:].any() and valid[5:14, 7:14].all()
+    assert u.field_of_view(as_tensor(lesion(160, 224)[0])).all()
+
+
+@pytest.mark.parametrize("cy, cx, r", [(0.5, 0.5, 0.2), (0.35, 0.65, 0.14), (0.6, 0.4, 0.27)])
+def test_locate_finds_a_disc(cy, cx, r):
+    y, x = np.mgrid[:224, :296]
+    inside = np.hypot(y - cy * 224, x - cx * 296) < r * 224
+    rgb = np.where(inside[..., None], (150, 90, 80), (220, 180, 160)) + np.random.default_rng(0).normal(0, 4, (224, 296, 1))
+    place = u.locate(as_tensor(rgb.clip(0, 255).astype(np.uint8)), 1.0)
+    truth = F.avg_pool2d(torch.from_numpy(inside)[None].float(), 8)[0] > 0.5
+    assert iou(place.core.bool().numpy(), truth.numpy()) > 0.7
+    row, column = divmod(int(place.weights.argmax()), 37)
+    assert abs(row + 0.5 - cy * 28) < 1.5 and abs(column + 0.5 - cx * 37) < 1.5 and place.weights.max() == 1
+
+
+def test_place_in_box_is_the_inscribed_ellipse():
+    place = u.place_in_box((20, 30), (5, 4, 25, 16), 1.0)
+    y, x = np.mgrid[:20, :30] + 0.5
+    assert np.array_equal(place.core.numpy() > 0, ((y - 10) / 6) ** 2 + ((x - 15) / 10) ** 2 <= 1)
+    assert np.array_equal(place.box.numpy() > 0, (abs(y - 10) <= 6) & (abs(x - 15) <= 10))
+    assert math.isclose(place.weights[9, 24], math.exp(-((0.5 / 6) ** 2 + (9.5 / 10) ** 2) / 2), rel_tol=1e-5)
+    assert (u.place_in_box((20, 30), (5, 4, 25, 16), 0.0).weights == 1).all()
+
+
+def test_cells_are_read_at_the_patches_centres():
+    cells = torch.arange(12.0).reshape(3, 4)
+    assert torch.equal(u.on_patches(cells, (3, 4)), cells)
+    half = u.on_patches(cells, (5, 7))  # stride 4: every other patch lies between two cells
+    torch.testing.assert_close(half[::2, ::2], cells)
+    torch.testing.assert_close(half[0], torch.arange(7) / 2)
+
+
+def test_gaussian_log_ratio_against_scipy():
+    torch.manual_seed(0)
+    colours, weight = torch.randn(50, 3), torch.rand(50)
+    logs = []
+    for w in (weight.numpy(), 1 - weight.numpy()):
+        mean = np.average(colours.numpy(), axis=0, weights=w)
+        covariance = np.cov(colours.numpy().T, aweights=w, ddof=0) + 0.09 * np.eye(3)
+        logs.append(multivariate_normal(mean, covariance).logpdf(colours.numpy()))
+    ours = u.gaussian_log_ratio(colours, weight, 1 - weight)
+    np.testing.assert_allclose(ours, logs[0] - logs[1], atol=1e-4)
+
+
+def test_model_colours_recovers_the_lesion_from_a_rough_start_and_stays_in_the_box():
+    rgb, truth = lesion(96, 128)
+    image = as_tensor(rgb)
+    small = F.avg_pool2d(torch.from_numpy(truth)[None].float(), 4)[0]
+    rough = small.roll((2, -3), dims=(0, 1)) * 0.9
+    place = u.locate(image, 1.0)
+    assert iou(u.model_colours(image, rough, place, 8).numpy() > 0.5, small.numpy() > 0.5) > 0.85
+    box = u.place_in_box((12, 16), (3, 2, 11, 10), 1.0)
+    boxed = u.model_colours(image, rough, box, 8)
+    assert iou(boxed.numpy() > 0.5, small.numpy() > 0.5) > 0.85
+
+
+def test_the_papers_preset_switches_off_what_is_ours():
+    parser = u.build_parser()
+    arguments = ["a.png", "-o", "b.png", "--preset", "paper", "--smoothness", "7"]
+    config = u.config_from(u.parse_options(parser, arguments))
+    assert config == u.Config(prior=0.0, colour_steps=0, smoothness=7.0)
+    scene = u.look(lesion()[0], config, u.load_backbone("builtin"))
+    assert (scene.weights == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -791,13 +884,13 @@ def test_wrong_use_is_refused_before_anything_is_written(tmp_path, photo, caplog
     assert photo.read_bytes() == content and not list(tmp_path.glob("mask*"))
 
 
-@pytest.mark.parametrize("flags", [["--widths", "a,b"], ["--epochs", "many"], ["--stride", "3"], ["--box", "1,2"], ["--no-such"]])
-def test_flags_that_do_not_parse_exit_with_2(tmp_path, photo, flags, capsys):
-    try:
-        code = u.main([str(photo), "-o", str(tmp_path / "mask.png"), *flags, "--backbone", "builtin"])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
+@pytest.mark.parametrize(
+    "flags", ["--widths a,b", "--epochs many", "--stride 3", "--box 1,2", "--no-such", "--preset other"]
+)
+def test_flags_that_do_not_parse_exit_with_2(tmp_path, photo, flags):
+    with pytest.raises(SystemExit) as stop:
+        u.main([str(photo), "-o", str(tmp_path / "mask.png"), *flags.split()])
+    assert stop.value.code == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -14,6 +14,7 @@ Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -24,6 +25,8 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +76,7 @@ class Config:
     collective: int = setting(0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper")
     lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III")
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
-    prior: float = setting(1.0, "radii, how wide the nodes are weighted around the located object; 0: all alike", "ours")
+    prior: float = setting(1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours")
     colour_steps: int = setting(8, "steps of the colour model that sharpens the foreground; 0 for none", "ours")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006")
     balance: float = setting(1.0, "b, the weight of the second term of eq. (8), against one large cluster", "paper")
@@ -83,7 +86,7 @@ class Config:
     sigma_spatial: float = setting(11.0, "px, a cell of the bilateral grid", "authors' code")
     sigma_luma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
     sigma_chroma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
-    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours: measured; authors' code: 256")
+    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     confidence: float = setting(0.999, "how far the solver trusts the assignment; in [0,1]", "authors' code")
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
 
@@ -151,7 +154,9 @@ def load_image(source):
             raise ImageError(f"an array must be uint8 of shape (H,W) or (H,W,3), got {source.dtype} {source.shape}")
         source = Image.fromarray(source)
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
@@ -212,7 +217,7 @@ def upsample(values, stride, shape, size, patch=PATCH):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Features: DINO's keys, or built-in descriptors
+# Features: the keys of DINO's last block
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +353,8 @@ def load_dino(weights=None, branch="teacher", progress=True):
     if not path.is_file():
         raise OSError(f"{path}: there is no such weights file")
     try:  # the full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds on what is not a checkpoint
         reason = str(error).split("\n")[0][:120]
@@ -366,141 +372,12 @@ def load_dino(weights=None, branch="teacher", progress=True):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
     wrong = [f"{name} missing" for name in shapes if name not in found]
-    wrong += [f"{name} is {found[name]}, not {shapes[name]}" for name in shapes if found.get(name, shapes[name]) != shapes[name]]
+    wrong += [f"{n} is {found[n]}, not {shape}" for n, shape in shapes.items() if found.get(n, shape) != shape]
     wrong += [f"{name} unexpected" for name in found if name not in shapes]
     if wrong:
         raise ValueError(f"{path}: not DINO's ViT-S/8, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
-
-
-def rgb_to_lab(image):
-    """sRGB (3,H,W) in [0,1] to CIE Lab (3,H,W), L in [0,100], white point D65 (IEC 61966-2-1, CIE 15)."""
-    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
-    to_xyz = image.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = torch.einsum("dc,chw->dhw", to_xyz / to_xyz.sum(1, keepdim=True), linear)  # relative to white
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-def middle(n):
-    """Centres of n cells that divide [-1,1]."""
-    return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
-
-
-def even_light(lab, weight):
-    """Take uneven light and vignetting out of a Lab image (3,s,t): its deviations from a smooth surface, (3,s,t).
-
-    The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
-    so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
-    """
-
-    def basis(h, w):
-        y, x = torch.meshgrid(middle(h), middle(w), indexing="ij")
-        return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).to(lab)  # (h,w,6)
-
-    cells = F.avg_pool2d(lab, PATCH).flatten(1).T  # (cells,3)
-    terms, weight = basis(*weight.shape).flatten(0, 1), weight.flatten().to(lab)
-    robust, ridge = weight, 1e-3 * torch.eye(6).to(lab)
-    for _ in range(8):
-        weighted = terms.T * robust
-        coefficients = torch.linalg.solve(weighted @ terms + robust.mean() * ridge, weighted @ cells)  # (6,3)
-        deviation = cells - terms @ coefficients
-        spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
-        robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
-    return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the object roughly is, on the 8 px cells (s/8,t/8) of a resized image; floats in [0,1]."""
-
-    core: torch.Tensor  # 1 in a disc or ellipse that is mostly object
-    weights: torch.Tensor  # how much a cell matters: fades away from the core, 0 outside the field of view
-    box: torch.Tensor = None  # 1 inside the user's box, if there is one
-
-    def outside(self):
-        """The cells that are background, as far as the place tells; for `even_light`."""
-        grown = F.max_pool2d(self.core[None], 3, 1, 1)[0]
-        return (1 - (grown if self.box is None else self.box)) * (self.weights > 0) + 1e-3
-
-
-CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
-
-
-def builtin_descriptors(image, stride=PATCH, place=None):
-    """Colour, local contrast and oriented gradient energy around each patch; no learned weights.
-
-    image: (3,s,t) in [0,1]. place: see `locate`. Returns (N,C) row-major over the patch grid, less a middle value: the
-    cosine of two rows is positive where they deviate from it alike, as eq. (1) needs. The middle is half-way between
-    core and surround, or the image's mean where there is no place. The channels keep their natural scale (grey levels
-    of Lab), as dividing each by its spread would blow up the noise of those that say nothing; the last is constant,
-    the median length of the others, so that patches near the middle value are alike whatever their direction.
-    """
-    lab = rgb_to_lab(image)
-    cells = tuple(side // PATCH for side in lab.shape[1:])
-    lab = even_light(lab, place.outside() if place else torch.ones(cells))
-    padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
-    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
-    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    angles = [0, math.pi / 4, math.pi / 2, 3 * math.pi / 4]
-    energy = torch.cat([(math.cos(a) * dx + math.sin(a) * dy) ** 2 for a in angles], dim=1)  # (1,4,s,t)
-    maps = torch.cat([lab, lab[:1] ** 2, energy[0]])  # (8,s,t)
-    mean = F.avg_pool2d(maps, PATCH, stride)  # (8,h,w)
-    contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
-    descriptors = torch.cat([mean[:1], CHROMA * mean[1:3], TEXTURE * contrast, TEXTURE * mean[4:].sqrt()])
-    x = descriptors.flatten(1).T  # (N,8)
-    middle_value = x.mean(0)
-    if place:
-        core, weights = (on_patches(m, descriptors.shape[1:]).flatten().to(x) for m in (place.core, place.weights))
-        inside, around = core * weights, (1 - core) * weights
-        middle_value = (inside @ x / inside.sum() + around @ x / around.sum()) / 2
-    x = x - middle_value
-    return torch.cat([x, x.norm(dim=1).median().expand(len(x), 1)], dim=1)
-
-
-def on_patches(cells, grid):
-    """A map of 8 px cells (s/8,t/8) read at the centres of the overlapping or not overlapping patches: grid (h,w)."""
-    return F.interpolate(cells[None, None], size=tuple(grid), mode="bilinear", align_corners=True)[0, 0]
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What turns an image into patch features: "dino" or "builtin", and extract(image (3,s,t), stride, place) -> (N,C)."""
-
-    name: str
-    extract: object
-
-
-@functools.lru_cache(maxsize=1)
-def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu", progress=True):
-    """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
-
-    Falls back only for "auto" without `weights`, and says so. Raises as load_dino, and ValueError for other names.
-    """
-    if backbone not in ("auto", "dino", "builtin"):
-        raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
-    if backbone == "builtin":
-        if weights:
-            raise ValueError("weights are for the dino backbone: leave them out with builtin")
-        return Backbone("builtin", builtin_descriptors)
-    try:
-        model = load_dino(weights, branch, progress).to(device)
-    except (OSError, RuntimeError) as error:
-        if backbone == "dino" or weights:
-            raise
-        log.warning(
-            "DINO's weights could not be had: %s. Using the built-in descriptors of colour and texture instead; "
-            "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
-        )  # fmt: skip
-        return Backbone("builtin", builtin_descriptors)
-
-    def extract(image, stride, place=None):
-        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
-        with torch.no_grad():
-            return model.keys(((image - mean) / std)[None], stride)[0]
-
-    return Backbone("dino", extract)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -519,143 +396,9 @@ def build_graph(features, tau, weights=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where to look: weights for the nodes (ours, not the paper's)
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def field_of_view(image):
-    """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
-
-    Left out is what sticks in from the border: the dark frame of an endoscope or dermatoscope, and whatever differs
-    sharply from the background's smooth surface, stays near the border and is not large: stickers, rulers, ink.
-    """
-    bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
-    h, w = bright.shape
-    y, x = middle(h)[:, None], middle(w)
-    radius = torch.maximum(y.abs(), x.abs()).numpy()
-
-    def touching(cells, depth, most):  # the pieces that touch the border, near it and not too large
-        pieces, count = ndimage.label(cells)
-        border = set(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])) - {0}
-        chosen = [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most]
-        return np.isin(pieces, chosen)
-
-    dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
-    weight = (0.05 + y**2 + x**2).clamp(max=1) * torch.from_numpy(~dark)
-    deviation = F.avg_pool2d(even_light(rgb_to_lab(image), weight), PATCH)  # (3,h,w)
-    spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
-    far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
-    objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35))
-    return torch.from_numpy(~(dark | objects)).float()
-
-
-def fade(rho, width):
-    """A Gaussian of rho, `width` wide; 1 everywhere for width 0."""
-    return torch.exp(-(rho**2) / (2 * width**2)) if width else torch.ones_like(rho)
-
-
-def locate(image, width):
-    """The Place of the object in an image (3,s,t) in [0,1]: the disc that differs most from the ring around it.
-
-    Centre-surround contrast (Itti, Koch and Niebur 1998) of colours under even light, favouring the middle of the
-    image, says roughly where the object is and how large. width: radii, of the Gaussian of the weights; 0 for none.
-    """
-    valid = field_of_view(image)
-    h, w = valid.shape
-    y, x = middle(h)[:, None], middle(w)
-    lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid)
-    colours = F.avg_pool2d(lab, PATCH) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
-    layers = (torch.cat([colours, torch.ones(1, h, w)]) * valid)[:, None]  # (4,1,h,w): the last counts
-    closeness = torch.exp(-(y**2 + x**2) / (2 * 0.7**2))
-    best, place = -1.0, (0, 0, 1)
-    for radius in min(h, w) * np.array([0.07, 0.11, 0.14, 0.2, 0.27, 0.36]):
-        reach = int(1.6 * radius + 0.7)
-        steps = torch.arange(-reach, reach + 1.0)
-        distance = torch.hypot(steps, steps[:, None])
-        disc = (distance <= radius).float()
-        ring = (distance <= 1.6 * radius + 0.7).float() - disc
-        sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (4,2,h,w)
-        means, shares = sums[:3] / sums[3].clamp(min=1), sums[3] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
-        contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
-        score = contrast * closeness * valid * radius**0.25
-        if score.max() > best:
-            best, place = score.max(), (*divmod(int(score.argmax()), w), radius)
-    row, column, radius = place
-    rho = torch.hypot(torch.arange(float(h))[:, None] - row, torch.arange(float(w)) - column) / radius
-    return Place((rho <= 1).float() * valid, fade(rho, width) * valid)
-
-
-def place_in_box(shape, box, width):
-    """The Place for a user's box: the ellipse inscribed in it. shape (s/8,t/8); box (x0,y0,x1,y1) in cells."""
-    x0, y0, x1, y1 = box
-    y, x = torch.arange(shape[0])[:, None] + 0.5, torch.arange(shape[1]) + 0.5
-    v, u = (y - (y0 + y1) / 2) / ((y1 - y0) / 2), (x - (x0 + x1) / 2) / ((x1 - x0) / 2)
-    rho = torch.hypot(v, u)
-    inside = (torch.maximum(v.abs(), u.abs()) <= 1).float()
-    return Place((rho <= 1).float(), fade(rho, width), inside)
-
-
-def gaussian_log_ratio(colours, foreground, background):
-    """log p(colour | foreground) / p(colour | background) of colours (P,3), each a full Gaussian, weighted (P,)."""
-    logs = []
-    for weight in (foreground, background):
-        weight = weight / weight.sum().clamp(min=3)
-        centred = colours - weight @ colours
-        covariance = (centred.T * weight) @ centred + 0.3**2 * torch.eye(3)  # the ridge: 3 grey levels
-        mahalanobis = (centred @ torch.linalg.inv(covariance) * centred).sum(1)
-        logs.append(-0.5 * (mahalanobis + torch.logdet(covariance)))
-    return logs[0] - logs[1]
-
-
-def model_colours(image, foreground, place, steps):
-    """Sharpen a foreground map by what the object and its surround look like: expectation maximisation.
-
-    image (3,s,t) in [0,1]; foreground (s/4,t/4) in [0,1], from the graph; place: a Place. One Gaussian of Lab colours
-    each for foreground and background, and a soft ellipse for the place: the one with the map's own moments, or the one
-    inscribed in the user's box. Returns the probability of foreground (s/4,t/4). Ours, in the manner of GrabCut
-    (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
-    """
-    colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside()), 4)  # (3,s/4,t/4)
-    h, w = colours.shape[1:]
-    colours = colours.flatten(1).T / 10
-    half = min(h, w) / 2
-    y, x = (torch.arange(h)[:, None].expand(h, w) / half, torch.arange(w).expand(h, w) / half)
-    xy = torch.stack([y, x]).flatten(1)  # (2,P), in half shorter sides
-    finer = lambda cells: cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # noqa: E731
-    allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
-
-    def ellipse(weight, grow):  # (P,), 1 on the ellipse with the moments of the weight, grown
-        weight = weight / weight.sum()
-        centred = xy - (xy @ weight)[:, None]
-        covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
-        return (centred * (torch.linalg.inv(covariance) @ centred)).sum(0).clamp(min=1e-6).sqrt()
-
-    pieces, _ = ndimage.label((foreground > 0.5).numpy() & allowed.bool().unflatten(0, (h, w)).numpy())
-    overlap = np.bincount(pieces.ravel(), finer(place.core).numpy())
-    overlap[0] = 0
-    if overlap.any():  # start from the piece that the place points at
-        foreground = foreground * torch.from_numpy(pieces == overlap.argmax())
-    p = foreground.flatten() * allowed
-    for _ in range(steps):
-        if place.box is None:
-            spatial = 2 * (1 - ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
-            log_odds = gaussian_log_ratio(colours, p, (1 - p) * allowed)
-        else:  # the ring outside the box is surely background, what is inside only half as surely
-            spatial = (8 * (1 - ellipse(finer(place.core), 1.05))).clamp(-4, 4)
-            log_odds = gaussian_log_ratio(colours, p, torch.where(allowed > 0, 0.5 * (1 - p), 1)).clamp(-4, 4)
-        p = torch.sigmoid(log_odds + spatial) * allowed
-        if place.box is None:
-            p = p * torch.from_numpy(clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)).flatten()
-    # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
-    mask = clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)
-    radius = math.sqrt(mask.sum() / math.pi)
-    p = ndimage.gaussian_filter(mask.astype(np.float32), 0.1 * radius, mode="nearest")
-    return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Graph attention, eqs. (2) to (4)
 # ---------------------------------------------------------------------------------------------------------------
+
 
 SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 
@@ -856,18 +599,221 @@ def fit_collective(images, config=Config(), progress=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From assignment to mask
+# Ours, not the paper's: where the object is, roughly
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def foreground_score(assignment, core):
-    """How much commoner each cluster is in the core than in the image as a whole: (K,), above 0 is foreground.
+def rgb_to_lab(image):
+    """sRGB (3,H,W) in [0,1] to CIE Lab (3,H,W), L in [0,100], white point D65 (IEC 61966-2-1, CIE 15)."""
+    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
+    to_xyz = image.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = torch.einsum("dc,chw->dhw", to_xyz / to_xyz.sum(1, keepdim=True), linear)  # relative to white
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
-    assignment (h,w,K); core (h,w) in [0,1], where the object most likely is. For K = 2 exactly one cluster is
-    foreground. The rule is ours, as the paper states none; no ground truth is involved.
+
+def middle(n):
+    """Centres of n cells that divide [-1,1]."""
+    return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
+
+
+def even_light(lab, weight):
+    """Take uneven light and vignetting out of a Lab image (3,s,t): its deviations from a smooth surface, (3,s,t).
+
+    The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
+    so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
     """
-    share = assignment.mean((0, 1)).clamp(min=1e-6)
-    return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
+
+    def basis(h, w):
+        y, x = torch.meshgrid(middle(h), middle(w), indexing="ij")
+        return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).to(lab)  # (h,w,6)
+
+    cells = F.avg_pool2d(lab, PATCH).flatten(1).T  # (cells,3)
+    terms, weight = basis(*weight.shape).flatten(0, 1), weight.flatten().to(lab)
+    robust, ridge = weight, 1e-3 * torch.eye(6).to(lab)
+    for _ in range(8):
+        weighted = terms.T * robust
+        coefficients = torch.linalg.solve(weighted @ terms + robust.mean() * ridge, weighted @ cells)  # (6,3)
+        deviation = cells - terms @ coefficients
+        spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
+        robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
+    return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the object roughly is, on the 8 px cells (s/8,t/8) of a resized image; floats in [0,1]."""
+
+    core: torch.Tensor  # 1 in a disc or ellipse that is mostly object
+    weights: torch.Tensor  # how much a cell matters: fades away from the core, 0 outside the field of view
+    box: torch.Tensor = None  # 1 inside the user's box, if there is one
+
+    def outside(self):
+        """The cells that are background, as far as the place tells; for `even_light`."""
+        grown = F.max_pool2d(self.core[None], 3, 1, 1)[0]
+        return (1 - (grown if self.box is None else self.box)) * (self.weights > 0) + 1e-3
+
+
+def on_patches(cells, grid):
+    """A map of 8 px cells (s/8,t/8) read at the centres of the overlapping or not overlapping patches: grid (h,w)."""
+    return F.interpolate(cells[None, None], size=tuple(grid), mode="bilinear", align_corners=True)[0, 0]
+
+
+CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
+
+
+
+
+def field_of_view(image):
+    """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
+
+    Left out is what sticks in from the border: the dark frame of an endoscope or dermatoscope, and whatever differs
+    sharply from the background's smooth surface, stays near the border and is not large: stickers, rulers, ink.
+    """
+    bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
+    h, w = bright.shape
+    y, x = middle(h)[:, None], middle(w)
+    radius = torch.maximum(y.abs(), x.abs()).numpy()
+
+    def touching(cells, depth, most):  # the pieces that touch the border, near it and not too large
+        pieces, count = ndimage.label(cells)
+        border = set(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])) - {0}
+        chosen = [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most]
+        return np.isin(pieces, chosen)
+
+    dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
+    weight = (0.05 + y**2 + x**2).clamp(max=1) * torch.from_numpy(~dark)
+    deviation = F.avg_pool2d(even_light(rgb_to_lab(image), weight), PATCH)  # (3,h,w)
+    spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
+    far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
+    objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35))
+    return torch.from_numpy(~(dark | objects)).float()
+
+
+def fade(rho, width):
+    """A Gaussian of rho, `width` wide; 1 everywhere for width 0."""
+    return torch.exp(-(rho**2) / (2 * width**2)) if width else torch.ones_like(rho)
+
+
+def locate(image, width):
+    """The Place of the object in an image (3,s,t) in [0,1]: the disc that differs most from the ring around it.
+
+    Centre-surround contrast (Itti, Koch and Niebur 1998) of colours under even light, favouring the middle of the
+    image, says roughly where the object is and how large. width: radii, of the Gaussian of the weights; 0 for none.
+    """
+    valid = field_of_view(image)
+    h, w = valid.shape
+    y, x = middle(h)[:, None], middle(w)
+    lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid)
+    colours = F.avg_pool2d(lab, PATCH) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
+    layers = (torch.cat([colours, torch.ones(1, h, w)]) * valid)[:, None]  # (4,1,h,w): the last counts
+    closeness = torch.exp(-(y**2 + x**2) / (2 * 0.7**2))
+    best, place = -1.0, (0, 0, 1)
+    for radius in min(h, w) * np.array([0.07, 0.11, 0.14, 0.2, 0.27, 0.36]):
+        reach = int(1.6 * radius + 0.7)
+        steps = torch.arange(-reach, reach + 1.0)
+        distance = torch.hypot(steps, steps[:, None])
+        disc = (distance <= radius).float()
+        ring = (distance <= 1.6 * radius + 0.7).float() - disc
+        sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (4,2,h,w)
+        means, shares = sums[:3] / sums[3].clamp(min=1), sums[3] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
+        contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
+        score = contrast * closeness * valid * radius**0.25
+        if score.max() > best:
+            best, place = score.max(), (*divmod(int(score.argmax()), w), radius)
+    row, column, radius = place
+    rho = torch.hypot(torch.arange(float(h))[:, None] - row, torch.arange(float(w)) - column) / radius
+    return Place((rho <= 1).float() * valid, fade(rho, width) * valid)
+
+
+def place_in_box(shape, box, width):
+    """The Place for a user's box: the ellipse inscribed in it. shape (s/8,t/8); box (x0,y0,x1,y1) in cells."""
+    x0, y0, x1, y1 = box
+    y, x = torch.arange(shape[0])[:, None] + 0.5, torch.arange(shape[1]) + 0.5
+    v, u = (y - (y0 + y1) / 2) / ((y1 - y0) / 2), (x - (x0 + x1) / 2) / ((x1 - x0) / 2)
+    rho = torch.hypot(v, u)
+    inside = (torch.maximum(v.abs(), u.abs()) <= 1).float()
+    return Place((rho <= 1).float(), fade(rho, width), inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ours: features without learned weights
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def builtin_descriptors(image, stride=PATCH, place=None):
+    """Colour, local contrast and oriented gradient energy around each patch; no learned weights.
+
+    image: (3,s,t) in [0,1]. place: see `locate`. Returns (N,C) row-major over the patch grid, less a middle value: the
+    cosine of two rows is positive where they deviate from it alike, as eq. (1) needs. The middle is half-way between
+    core and surround, or the image's mean where there is no place. The channels keep their natural scale (grey levels
+    of Lab), as dividing each by its spread would blow up the noise of those that say nothing; the last is constant,
+    the median length of the others, so that patches near the middle value are alike whatever their direction.
+    """
+    lab = rgb_to_lab(image)
+    cells = tuple(side // PATCH for side in lab.shape[1:])
+    lab = even_light(lab, place.outside() if place else torch.ones(cells))
+    padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
+    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    angles = [0, math.pi / 4, math.pi / 2, 3 * math.pi / 4]
+    energy = torch.cat([(math.cos(a) * dx + math.sin(a) * dy) ** 2 for a in angles], dim=1)  # (1,4,s,t)
+    maps = torch.cat([lab, lab[:1] ** 2, energy[0]])  # (8,s,t)
+    mean = F.avg_pool2d(maps, PATCH, stride)  # (8,h,w)
+    contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
+    descriptors = torch.cat([mean[:1], CHROMA * mean[1:3], TEXTURE * contrast, TEXTURE * mean[4:].sqrt()])
+    x = descriptors.flatten(1).T  # (N,8)
+    middle_value = x.mean(0)
+    if place:
+        core, weights = (on_patches(m, descriptors.shape[1:]).flatten().to(x) for m in (place.core, place.weights))
+        inside, around = core * weights, (1 - core) * weights
+        middle_value = (inside @ x / inside.sum() + around @ x / around.sum()) / 2
+    x = x - middle_value
+    return torch.cat([x, x.norm(dim=1).median().expand(len(x), 1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What turns an image into patch features."""
+
+    name: str  # "dino" or "builtin"
+    extract: Callable  # image (3,s,t) in [0,1], stride, place or None -> (N,C)
+
+
+@functools.lru_cache(maxsize=1)
+def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu", progress=True):
+    """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
+
+    Falls back only for "auto" without `weights`, and says so. Raises as load_dino, and ValueError for other names.
+    """
+    if backbone not in ("auto", "dino", "builtin"):
+        raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
+    if backbone == "builtin":
+        if weights:
+            raise ValueError("weights are for the dino backbone: leave them out with builtin")
+        return Backbone("builtin", builtin_descriptors)
+    try:
+        model = load_dino(weights, branch, progress).to(device)
+    except (OSError, RuntimeError) as error:
+        if backbone == "dino" or weights:
+            raise
+        log.warning(
+            "DINO's weights could not be had: %s. Using the built-in descriptors of colour and texture instead; "
+            "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
+        )  # fmt: skip
+        return Backbone("builtin", builtin_descriptors)
+
+    def extract(image, stride, place=None):
+        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
+        with torch.no_grad():
+            return model.keys(((image - mean) / std)[None], stride)[0]
+
+    return Backbone("dino", extract)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ours: what the object looks like
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def clean_mask(mask, components):
@@ -880,6 +826,79 @@ def clean_mask(mask, components):
         keep = np.argsort(-area, kind="stable")[:components]
         mask = np.isin(pieces, keep[area[keep] > 0])
     return mask
+
+
+def gaussian_log_ratio(colours, foreground, background):
+    """log p(colour | foreground) / p(colour | background) of colours (P,3), each a full Gaussian, weighted (P,)."""
+    logs = []
+    for weight in (foreground, background):
+        weight = weight / weight.sum().clamp(min=3)
+        centred = colours - weight @ colours
+        covariance = (centred.T * weight) @ centred + 0.3**2 * torch.eye(3)  # the ridge: 3 grey levels
+        mahalanobis = (centred @ torch.linalg.inv(covariance) * centred).sum(1)
+        logs.append(-0.5 * (mahalanobis + torch.logdet(covariance)))
+    return logs[0] - logs[1]
+
+
+def model_colours(image, foreground, place, steps):
+    """Sharpen a foreground map by what the object and its surround look like: expectation maximisation.
+
+    image (3,s,t) in [0,1]; foreground (s/4,t/4) in [0,1], from the graph; place: a Place. One Gaussian of Lab colours
+    each for foreground and background, and a soft ellipse for the place: the one with the map's own moments, or the one
+    inscribed in the user's box. Returns the probability of foreground (s/4,t/4). Ours, in the manner of GrabCut
+    (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
+    """
+    colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside()), 4)  # (3,s/4,t/4)
+    h, w = colours.shape[1:]
+    colours = colours.flatten(1).T / 10
+    half = min(h, w) / 2
+    y, x = (torch.arange(h)[:, None].expand(h, w) / half, torch.arange(w).expand(h, w) / half)
+    xy = torch.stack([y, x]).flatten(1)  # (2,P), in half shorter sides
+    finer = lambda cells: cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # noqa: E731
+    allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
+
+    def ellipse(weight, grow):  # (P,), 1 on the ellipse with the moments of the weight, grown
+        weight = weight / weight.sum()
+        centred = xy - (xy @ weight)[:, None]
+        covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
+        return (centred * (torch.linalg.inv(covariance) @ centred)).sum(0).clamp(min=1e-6).sqrt()
+
+    pieces, _ = ndimage.label((foreground > 0.5).numpy() & allowed.bool().unflatten(0, (h, w)).numpy())
+    overlap = np.bincount(pieces.ravel(), finer(place.core).numpy())
+    overlap[0] = 0
+    if overlap.any():  # start from the piece that the place points at
+        foreground = foreground * torch.from_numpy(pieces == overlap.argmax())
+    p = foreground.flatten() * allowed
+    for _ in range(steps):
+        if place.box is None:
+            spatial = 2 * (1 - ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
+            log_odds = gaussian_log_ratio(colours, p, (1 - p) * allowed)
+        else:  # the ring outside the box is surely background, what is inside only half as surely
+            spatial = (8 * (1 - ellipse(finer(place.core), 1.05))).clamp(-4, 4)
+            log_odds = gaussian_log_ratio(colours, p, torch.where(allowed > 0, 0.5 * (1 - p), 1)).clamp(-4, 4)
+        p = torch.sigmoid(log_odds + spatial) * allowed
+        if place.box is None:
+            p = p * torch.from_numpy(clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)).flatten()
+    # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
+    mask = clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)
+    radius = math.sqrt(mask.sum() / math.pi)
+    p = ndimage.gaussian_filter(mask.astype(np.float32), 0.1 * radius, mode="nearest")
+    return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From assignment to mask
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def foreground_score(assignment, core):
+    """How much commoner each cluster is in the core than in the image as a whole: (K,), above 0 is foreground.
+
+    assignment (h,w,K); core (h,w) in [0,1], where the object most likely is. For K = 2 exactly one cluster is
+    foreground. The rule is ours, as the paper states none; no ground truth is involved.
+    """
+    share = assignment.mean((0, 1)).clamp(min=1e-6)
+    return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
 
 
 @dataclass(frozen=True)
@@ -903,24 +922,25 @@ def look(rgb, config, backbone, device="cpu", box=None):
     """The Scene of an image (H,W,3) uint8.
 
     box: (x0, y0, x1, y1) px, x1 and y1 excluded: a rectangle around the object, given by the user. Only it and a ring
-    of 20 px or 30 % are looked at; what lies outside it is background. Raises ValueError for a box that is not in the image.
+    of 20 px or 30 % are looked at; what lies outside it is background. Raises ValueError for a box not in the image.
     """
     height, width = rgb.shape[:2]
     x0, y0, x1, y1 = box or (0, 0, width, height)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(f"the box {x0},{y0},{x1},{y1} must lie inside the image, {width} x {height}, with x0 < x1, y0 < y1")
+        raise ValueError(f"the box {x0},{y0},{x1},{y1} must be x0 < x1, y0 < y1 inside the image, {width} x {height}")
     inside = np.zeros((height, width), bool)
     inside[y0:y1, x0:x1] = True
     ring_x, ring_y = (max(RING, round(0.3 * side)) if box else 0 for side in (x1 - x0, y1 - y0))
-    top, left, bottom, right = max(0, y0 - ring_y), max(0, x0 - ring_x), min(height, y1 + ring_y), min(width, x1 + ring_x)
+    top, left = max(0, y0 - ring_y), max(0, x0 - ring_x)
+    bottom, right = min(height, y1 + ring_y), min(width, x1 + ring_x)
     part = rgb[top:bottom, left:right]
     if min(part.shape[:2]) < PATCH:
         raise ValueError(f"the box {x0},{y0},{x1},{y1} is too small: with its ring, each side needs {PATCH} px")
     image, grid = resize_image(part, config.size, config.stride)
     cells = tuple(side // PATCH for side in image.shape[1:])
     if box:
-        sx, sy = cells[1] / (right - left), cells[0] / (bottom - top)
-        place = place_in_box(cells, ((x0 - left) * sx, (y0 - top) * sy, (x1 - left) * sx, (y1 - top) * sy), config.prior)
+        to_cells = np.tile([cells[1] / (right - left), cells[0] / (bottom - top)], 2)
+        place = place_in_box(cells, (np.array([x0, y0, x1, y1]) - [left, top] * 2) * to_cells, config.prior)
     else:
         place = locate(image, config.prior)
     features = backbone.extract(image.to(device), config.stride, place if config.prior else None)
@@ -979,7 +999,7 @@ def finish(scene, assignment, config):
         labels[mask] = 1
     else:  # the likeliest cluster, of the foreground ones inside the mask and of the others outside it
         clusters = soft[..., 1:]
-        chosen = np.where(mask[y0:y1, x0:x1, None], np.arange(config.clusters) >= background, np.arange(config.clusters) < background)
+        chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
         labels[y0:y1, x0:x1] = np.where(chosen, clusters, -np.inf).argmax(2)
     return clean_mask(mask, config.components), probability, labels, assignment
 
@@ -1033,7 +1053,8 @@ def segment(
         assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(scene.grid, int)]
         outcome, history = (nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment), []
     else:
-        assignment, history = fit(scene.features, build_graph(scene.features, config.tau, scene.weights), config, shared)
+        adjacency = build_graph(scene.features, config.tau, scene.weights)
+        assignment, history = fit(scene.features, adjacency, config, shared)
         lap("fit")
         outcome = finish(scene, assignment, config)
         lap("refine")
@@ -1043,6 +1064,7 @@ def segment(
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
+
 
 TINT = (0, 200, 120)
 PALETTE = (0, 0, 0, 0, 200, 120, 240, 200, 0, 60, 120, 240, 230, 60, 60, 160, 80, 200, 0, 200, 220, 250, 130, 180)
@@ -1077,8 +1099,7 @@ def explain(result, config):
     components = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:3].T  # first three principal components
     low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
     colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
-    inside = result.assignment[..., -1] * ndimage.distance_transform_edt(result.assignment.argmax(2) == config.clusters - 1)
-    node = int(inside.argmax())  # the patch deepest inside the surest foreground cluster
+    node = int((result.assignment[..., -1] * on_patches(result.scene.place.weights, (h, w)).numpy()).argmax())
     row = build_graph(flat, config.tau, result.scene.weights.cpu())[node].unflatten(0, (h, w)).numpy()
     row, column = heat(row), np.unravel_index(node, (h, w))
     row[column] = (0, 160, 255)
@@ -1107,12 +1128,21 @@ def explain(result, config):
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
 
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 
 
 def comma_separated(text):
     """Whole numbers from "1,2,3"."""
     return tuple(int(number) for number in text.split(","))
+
+
+def box_corners(text):
+    """Four whole numbers from "x0,y0,x1,y1"."""
+    corners = comma_separated(text)
+    if len(corners) != 4:
+        raise argparse.ArgumentTypeError(f"needs four numbers, x0,y0,x1,y1, got {text!r}")
+    return corners
 
 
 def add_config_flags(parser):
@@ -1147,7 +1177,7 @@ def build_parser():
     parser.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
     parser.add_argument("-o", "--output", type=Path, required=True,
                         help="the mask, a .png file, for one image; a folder for several: one .png per image")  # fmt: skip
-    parser.add_argument("--box", type=comma_separated, metavar="X0,Y0,X1,Y1",
+    parser.add_argument("--box", type=box_corners, metavar="X0,Y0,X1,Y1",
                         help="px, a rectangle around the object; what lies outside it is background")  # fmt: skip
     parser.add_argument("--probability", action="store_true", help="also write MASK_probability.png, 8 bit")
     parser.add_argument("--labels", action="store_true", help="also write MASK_labels.png, the clusters in colours")
@@ -1155,9 +1185,9 @@ def build_parser():
     parser.add_argument("--explain", action="store_true", help="also write MASK_explain.png, the stages side by side")
     parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto",
                         help="features: DINO's, the built-in descriptors, or DINO's if its weights can be had (auto)")  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="DINO's weights file, instead of torch.hub's cache or a download")
+    parser.add_argument("--weights", type=Path, help="DINO's weights file, not torch.hub's cache or a download")
     parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
-    parser.add_argument("--preset", choices=PRESETS, help="the paper's own settings, without our additions; other flags still count")
+    parser.add_argument("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
@@ -1194,7 +1224,7 @@ def plan_outputs(options):
     images, output = list_images(options.images), options.output
     single = len(options.images) == 1 and not options.images[0].is_dir() and not output.is_dir()
     if single and output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: the mask is written as PNG, so give a name that ends in .png, or an existing folder")
+        raise ValueError(f"{output}: the mask is a PNG, so give a name that ends in .png, or an existing folder")
     folder = output.parent if single else output
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, and a folder is needed here" + ("" if single else " for several masks"))
@@ -1257,44 +1287,40 @@ def run(options):
     backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
     if options.skip_existing:
         plan = [(image, outputs) for image, outputs in plan if not all(path.exists() for path in outputs.values())]
-    failures = {}
+    failures = []
 
-    def attempt(image, work):
-        """Run work(); note a failure of this image and go on with the others."""
+    @contextlib.contextmanager
+    def noting_failure(image):
+        """Note that an image failed and go on with the others."""
         try:
-            return work()
-        except (ImageError, OSError, MemoryError, RuntimeError) as error:
-            failures[image] = str(error).split("\n")[0] or type(error).__name__
-            log.error("%s: %s", image, failures[image])
+            yield
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            failures.append(image)
+            log.error("%s: %s", image, str(error).split("\n")[0] or type(error).__name__)
 
     shared = None
     if config.collective:
         scenes = []
         for image, _ in plan:
-            scene = attempt(image, lambda: look(load_image(image), config, backbone, device, options.box))
-            scenes += [(scene.features, scene.weights)] if scene else []
+            with noting_failure(image):
+                scene = look(load_image(image), config, backbone, device, options.box)
+                scenes.append((scene.features, scene.weights))
         if scenes:
             with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=options.quiet) as bar:
                 shared = fit_collective(scenes, config, progress=lambda: bar.update(1))
 
     todo = [(image, outputs) for image, outputs in plan if image not in failures]
     for number, (image, outputs) in enumerate(todo, 1):
-        start = time.perf_counter()
-
-        def work():
+        with noting_failure(image):
+            start = time.perf_counter()
             result = segment(image, config, box=options.box, backbone=backbone, device=device.type, shared=shared)
             write_outputs(outputs, result, config)
-            return result
-
-        result = attempt(image, work)
-        if result and not options.quiet:
-            print(
-                f"[{number}/{len(todo)}] {image} -> {outputs['mask']}  foreground {result.mask.mean():.1%}, "
-                f"backbone {result.backbone}, {time.perf_counter() - start:.1f} s",
-                flush=True,
-            )
-            if options.verbose:
-                print("    " + ", ".join(f"{stage} {t:.2f} s" for stage, t in result.seconds.items()), flush=True)
+            if not options.quiet:
+                said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, "
+                said += f"{time.perf_counter() - start:.1f} s"
+                if options.verbose:
+                    said += "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items())
+                print(f"[{number}/{len(todo)}] {image} -> {outputs['mask']}  {said}", flush=True)
     if failures and len(plan) > 1:
         log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
     return 1 if failures else 0
