@@ -226,7 +226,7 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
         for x in images:
             adjacency = u.build_graph(x, 0.3)
             optimizer.zero_grad()
-            u.modularity_loss(network(x, adjacency), adjacency).backward()
+            u.modularity_loss(network(x, adjacency), adjacency, balance=0).backward()
             optimizer.step()
     steps = []
     shared = u.fit_collective([(x, torch.ones(len(x))) for x in images], config, progress=lambda: steps.append(1))
@@ -395,7 +395,7 @@ def test_the_papers_preset_switches_off_what_is_ours():
     parser = u.build_parser()
     arguments = ["a.png", "-o", "b.png", "--preset", "paper", "--smoothness", "7"]
     config = u.config_from(u.parse_options(parser, arguments))
-    assert config == u.Config(prior=0.0, colour_steps=0, smoothness=7.0)
+    assert config == u.Config(prior=0.0, balance=1.0, colour_steps=0, smoothness=7.0)
     scene = u.look(lesion()[0], config, u.load_backbone("builtin"))
     assert (scene.weights == 1).all()
 

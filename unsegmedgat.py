@@ -79,7 +79,7 @@ class Config:
     prior: float = setting(1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours")
     colour_steps: int = setting(8, "steps of the colour model that sharpens the foreground; 0 for none", "ours")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006")
-    balance: float = setting(1.0, "b, the weight of the second term of eq. (8), against one large cluster", "paper")
+    balance: float = setting(0.0, "b, the weight of the second term of eq. (8), for equal clusters", "ours; paper: 1")
     seed: int = setting(0, "of the network's first parameters", "ours")
     invert: bool = setting(False, "swap foreground and background", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
@@ -131,7 +131,7 @@ class Config:
 
 
 # What the paper does, as far as it says, and the authors' code where it does not: without what is ours.
-PRESETS = {"paper": {"prior": 0.0, "colour_steps": 0, "smoothness": 256.0}}
+PRESETS = {"paper": {"prior": 0.0, "balance": 1.0, "colour_steps": 0, "smoothness": 256.0}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
