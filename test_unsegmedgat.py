@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 from scipy.stats import multivariate_normal
 from torch import nn
 
@@ -148,6 +149,8 @@ def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
             alpha = torch.stack(scores).softmax(0)
             expected[i, 3 * z : 3 * z + 3] = sum(alpha[n] * (w @ x[j]) for n, j in enumerate(neighbours))
     torch.testing.assert_close(layer(x, adjacency), expected)
+    torch.testing.assert_close(layer(x, adjacency > 0), expected)
+    torch.testing.assert_close(layer(x, torch.where(adjacency > 0, adjacency, -1)), expected)  # no edge either
     with pytest.raises(ValueError, match="4 heads do not divide the width 6"):
         u.GraphAttention(5, 6, heads=4)
 
@@ -756,6 +759,14 @@ def test_more_clusters_give_a_label_map_whose_last_labels_are_the_mask():
     assert set(np.unique(result.labels[result.mask])).isdisjoint(np.unique(result.labels[~result.mask]))
 
 
+def test_several_objects_are_kept_on_request():
+    rgb, truth = lesion()
+    both, truths = np.concatenate([rgb, rgb], axis=1), np.concatenate([truth, truth], axis=1)
+    one = u.segment(both, u.Config(size=96), backbone="builtin", device="cpu").mask
+    two = u.segment(both, u.Config(size=96, components=2), backbone="builtin", device="cpu").mask
+    assert ndimage.label(one)[1] == 1 and iou(two, truths) > 0.8
+
+
 def test_a_box_confines_the_object_and_decides_the_polarity():
     rgb, truth = lesion()
     rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
@@ -766,6 +777,8 @@ def test_a_box_confines_the_object_and_decides_the_polarity():
     outside = np.ones(both.shape[:2], bool)
     outside[box[1] : box[3], box[0] : box[2]] = False
     assert not result.probability[outside].any() and not result.labels[outside].any()
+    tiny = u.segment(rgb, u.Config(size=64, epochs=2), box=(60, 50, 61, 51), backbone="builtin", device="cpu")
+    assert tiny.mask.sum() <= 1
     with pytest.raises(ValueError, match="inside the image"):
         u.segment(rgb, box=(0, 0, 200, 50), backbone="builtin", device="cpu")
 

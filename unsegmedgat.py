@@ -418,7 +418,7 @@ class MaskedAttention(torch.autograd.Function):
         rows = 64 if adjacency.device.type == "cpu" else 2048
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
-            yield block, adjacency[block].sign()  # no entry is negative
+            yield block, adjacency[block].clamp(min=0).sign_()
 
     @staticmethod
     def exponentials(s, t):
@@ -493,7 +493,7 @@ class GraphAttention(nn.Module):
         h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
         s = torch.einsum("hnd,hd->hn", h, self.a_src)
         t = torch.einsum("hnd,hd->hn", h, self.a_dst)
-        return MaskedAttention.apply(h, s, t, adjacency).transpose(0, 1).flatten(1)  # eq. (4): (N,out)
+        return MaskedAttention.apply(h, s, t, adjacency.to(h)).transpose(0, 1).flatten(1)  # eq. (4): (N,out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -730,7 +730,8 @@ def place_in_box(shape, box, width):
     """The Place for a user's box: the ellipse inscribed in it. shape (s/8,t/8); box (x0,y0,x1,y1) in cells."""
     x0, y0, x1, y1 = box
     y, x = torch.arange(shape[0])[:, None] + 0.5, torch.arange(shape[1]) + 0.5
-    v, u = (y - (y0 + y1) / 2) / ((y1 - y0) / 2), (x - (x0 + x1) / 2) / ((x1 - x0) / 2)
+    # A box smaller than a cell still has one in it: no semi-axis is below 3/4 of a cell.
+    v, u = (y - (y0 + y1) / 2) / max((y1 - y0) / 2, 0.75), (x - (x0 + x1) / 2) / max((x1 - x0) / 2, 0.75)
     rho = torch.hypot(v, u)
     inside = (torch.maximum(v.abs(), u.abs()) <= 1).float()
     return Place((rho <= 1).float(), fade(rho, width), inside)
@@ -840,21 +841,27 @@ def gaussian_log_ratio(colours, foreground, background):
     return logs[0] - logs[1]
 
 
-def model_colours(image, foreground, place, steps):
+def model_colours(image, foreground, place, steps, components=1):
     """Sharpen a foreground map by what the object and its surround look like: expectation maximisation.
 
     image (3,s,t) in [0,1]; foreground (s/4,t/4) in [0,1], from the graph; place: a Place. One Gaussian of Lab colours
     each for foreground and background, and a soft ellipse for the place: the one with the map's own moments, or the one
-    inscribed in the user's box. Returns the probability of foreground (s/4,t/4). Ours, in the manner of GrabCut
-    (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
+    inscribed in the user's box. components: pieces to keep, 0 for all. Returns the probability of foreground (s/4,t/4).
+    Ours, in the manner of GrabCut (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
     """
+
+    def finer(cells):  # from cells of 8 px to 4 px, (P,)
+        return cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+
+    def as_mask(p):  # (P,) to (s/4,t/4) numpy
+        return clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), components)
+
     colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside()), 4)  # (3,s/4,t/4)
     h, w = colours.shape[1:]
     colours = colours.flatten(1).T / 10
     half = min(h, w) / 2
     y, x = (torch.arange(h)[:, None].expand(h, w) / half, torch.arange(w).expand(h, w) / half)
     xy = torch.stack([y, x]).flatten(1)  # (2,P), in half shorter sides
-    finer = lambda cells: cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()  # noqa: E731
     allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
 
     def ellipse(weight, grow):  # (P,), 1 on the ellipse with the moments of the weight, grown
@@ -863,12 +870,12 @@ def model_colours(image, foreground, place, steps):
         covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
         return (centred * (torch.linalg.inv(covariance) @ centred)).sum(0).clamp(min=1e-6).sqrt()
 
-    pieces, _ = ndimage.label((foreground > 0.5).numpy() & allowed.bool().unflatten(0, (h, w)).numpy())
+    p = foreground.flatten() * allowed
+    pieces, _ = ndimage.label((p > 0.5).unflatten(0, (h, w)).numpy())
     overlap = np.bincount(pieces.ravel(), finer(place.core).numpy())
     overlap[0] = 0
-    if overlap.any():  # start from the piece that the place points at
-        foreground = foreground * torch.from_numpy(pieces == overlap.argmax())
-    p = foreground.flatten() * allowed
+    if components == 1 and overlap.any():  # start from the piece that the place points at
+        p = p * torch.from_numpy(pieces == overlap.argmax()).flatten()
     for _ in range(steps):
         if place.box is None:
             spatial = 2 * (1 - ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
@@ -878,9 +885,9 @@ def model_colours(image, foreground, place, steps):
             log_odds = gaussian_log_ratio(colours, p, torch.where(allowed > 0, 0.5 * (1 - p), 1)).clamp(-4, 4)
         p = torch.sigmoid(log_odds + spatial) * allowed
         if place.box is None:
-            p = p * torch.from_numpy(clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)).flatten()
+            p = p * torch.from_numpy(as_mask(p)).flatten()
     # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
-    mask = clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), 1)
+    mask = as_mask(p)
     radius = math.sqrt(mask.sum() / math.pi)
     p = ndimage.gaussian_filter(mask.astype(np.float32), 0.1 * radius, mode="nearest")
     return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
@@ -981,8 +988,8 @@ def finish(scene, assignment, config):
     foreground = assignment[..., background:].sum(2, keepdims=True)  # (h,w,1)
     if config.colour_steps and not config.invert:
         foreground = torch.from_numpy(upsample(foreground, config.stride, (s // 4, t // 4), (s, t))[..., 0])
-        foreground = model_colours(scene.image, foreground, scene.place, config.colour_steps).numpy()
-        foreground = upsample(foreground[..., None], 4, rgb.shape[:2], (s, t), 4)
+        foreground = model_colours(scene.image, foreground, scene.place, config.colour_steps, config.components)
+        foreground = upsample(foreground[..., None].numpy(), 4, rgb.shape[:2], (s, t), 4)
     else:
         foreground = upsample(foreground, config.stride, rgb.shape[:2], (s, t))
     soft = foreground * inside[..., None]  # (H',W',1), H' and W' of the window
