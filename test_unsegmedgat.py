@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import http.server
+import json
 import math
 import pickle
 import socket
@@ -23,6 +24,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 import bilateral
+import eval as evaluator
 import unsegmedgat as u
 
 HERE = Path(__file__).parent
@@ -924,6 +926,241 @@ def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, pho
     assert u.main([str(photo), "-o", str(out), *QUICK]) == 1
     assert out.read_bytes() == b"an earlier result" and sorted(p.name for p in tmp_path.iterdir()) == ["mask.png", "photo.png"]
     assert "No space left" in caplog.messages[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluator
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def two_masks(seed=0):
+    """A predicted and a true blob on 14 x 17 pixels that overlap in part."""
+    y, x = np.mgrid[:14, :17]
+    noise = np.random.default_rng(seed).random((14, 17)) < 0.1
+    return (np.hypot(y - 6, x - 7) < 4) ^ noise, np.hypot(y - 7, x - 9) < 4.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_against_brute_force(seed):
+    mask, truth = two_masks(seed)
+    pairs = list(zip(mask.ravel(), truth.ravel()))
+    tp, fp, fn = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+
+    def border(m):  # pixels of the mask with a 4-neighbour outside it, or outside the image
+        p = np.pad(m, 1)
+        return [(i, j) for i, j in np.argwhere(m)
+                if not (p[i, j + 1] and p[i + 2, j + 1] and p[i + 1, j] and p[i + 1, j + 2])]  # fmt: skip
+
+    a, b = border(mask), border(truth)
+    distances = [min(math.dist(p, q) for q in b) for p in a] + [min(math.dist(p, q) for p in a) for q in b]
+    ours = evaluator.metrics(mask, truth, tolerance="1.5px")
+    expected = {
+        "iou": tp / (tp + fp + fn),
+        "dice": 2 * tp / (2 * tp + fp + fn),
+        "precision": tp / (tp + fp),
+        "recall": tp / (tp + fn),
+        "hd95": np.percentile(distances, 95) / math.hypot(14, 17) * 100,
+        "nsd": sum(d <= 1.5 for d in distances) / len(distances),
+    }
+    assert ours == pytest.approx(expected)
+
+
+def test_metrics_of_empty_masks():
+    empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    assert evaluator.metrics(empty, full)["iou"] == 0 and evaluator.metrics(empty, full)["hd95"] == 100
+    assert evaluator.metrics(empty, empty)["dice"] == 1 and evaluator.metrics(full, full)["nsd"] == 1
+
+
+def test_bootstrap_interval_covers_the_mean_and_resamples_whole_groups():
+    values = np.random.default_rng(0).normal(0.7, 0.1, 400)
+    low, high = evaluator.interval(values)
+    assert low < values.mean() < high and math.isclose((high - low) / 2, 1.96 * 0.1 / 20, rel_tol=0.15)
+    doubled = np.repeat(values, 2)  # frames of one sequence, all the same: no more certain than the sequences
+    assert evaluator.interval(doubled, np.repeat(np.arange(400), 2)) == pytest.approx((low, high))
+
+
+def test_gcn_and_arma_layers_against_loops():
+    a, x = random_graph(6, dtype=torch.float32), torch.randn(6, 4)
+    d = a.sum(1)
+    propagation = torch.tensor([[a[i, j] / math.sqrt(d[i] * d[j]) for j in range(6)] for i in range(6)])
+    torch.testing.assert_close(evaluator.normalise(a), propagation)
+    torch.manual_seed(0)
+    gcn = evaluator.Convolution(4, 3, F.silu, skip=True)
+    message = torch.stack([sum(propagation[i, j] * gcn.W(x[j]) for j in range(6)) for i in range(6)])
+    torch.testing.assert_close(gcn(x, propagation), F.silu(message + gcn.V(x)))
+    arma = evaluator.Arma(4, 3, F.silu, stacks=2, iterations=3)
+    stacks = []
+    for first, w, v in zip(arma.first, arma.W, arma.V):
+        state = F.silu(propagation @ x @ first + x @ v)
+        for _ in range(2):
+            state = F.silu(propagation @ state @ w + x @ v)
+        stacks.append(state)
+    torch.testing.assert_close(arma(x, propagation), (stacks[0] + stacks[1]) / 2)
+
+
+def test_mincut_loss_in_closed_form():
+    a = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3))  # two components: a perfect cut
+    hard = torch.eye(2)[torch.arange(6) // 3]
+    assert evaluator.mincut_loss(hard, evaluator.normalise(a)) == pytest.approx(-1, abs=1e-6)
+    all_in_one = torch.eye(2)[torch.zeros(6, dtype=int)]  # cuts nothing, but |I/1 - I/sqrt(2)| of orthogonality is left
+    expected = -1 + math.hypot(1 - 1 / math.sqrt(2), 1 / math.sqrt(2))
+    assert evaluator.mincut_loss(all_in_one, evaluator.normalise(a)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_dsm_is_the_sign_of_the_fiedler_vector_of_a_dense_eigen_solver():
+    features, group = two_communities()
+    a = u.build_graph(features, 0.01)
+    d = a.sum(1).numpy()
+    laplacian = np.eye(40) - a.numpy() / np.sqrt(np.outer(d, d))
+    fiedler = np.linalg.eigh(laplacian)[1][:, 1] > 0
+    ours = evaluator.dsm(features, a, u.Config()).argmax(1).numpy() > 0
+    assert np.array_equal(ours, fiedler) or np.array_equal(ours, ~fiedler)
+
+
+@pytest.mark.parametrize("name", list(evaluator.METHODS))
+def test_every_method_finds_planted_communities(name):
+    features, group = two_communities()
+    a = u.build_graph(features, 0.3)
+    extra = [u.fit_collective([(features, None)], u.Config(collective=5))] if name == "unsegmedgatc" else []
+    assignment = evaluator.METHODS[name](features, a, u.Config(epochs=150), *extra)
+    torch.testing.assert_close(assignment.sum(1), torch.ones(40))
+    assert (assignment.argmax(1) == group).float().mean() in (0, 1)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Three small images, their masks, and one of each without a partner."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    for n, ending in enumerate(["_segmentation.png", "_lesion.bmp", ".png"]):
+        rgb, truth = lesion(seed=n)
+        Image.fromarray(rgb).save(images / f"s{n}_1.jpg", quality=95)
+        Image.fromarray(truth.astype(np.uint8) * (1 if n == 0 else 255)).save(masks / f"s{n}_1{ending}")
+    Image.fromarray(rgb).save(images / "alone.jpg")
+    Image.fromarray(truth).save(masks / "other_mask.png")
+    return images, masks
+
+
+TINY = [*QUICK, "--quiet"]
+
+
+def test_pairs_go_by_stem_and_nothing_is_dropped_silently(dataset):
+    pairs, alone = evaluator.pair_files(*dataset)
+    assert list(pairs) == ["s0_1", "s1_1", "s2_1"]
+    assert sorted(p.name for p in alone) == ["alone.jpg", "other_mask.png"]
+    Image.new("L", (9, 9)).save(dataset[1] / "s0_1.png")
+    with pytest.raises(ValueError, match="same"):
+        evaluator.pair_files(*dataset)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "JPEG", "01"])
+def test_masks_of_every_kind_are_read_the_same(tmp_path, mode):
+    truth = lesion()[1]
+    image = Image.fromarray(truth.astype(np.uint8) * (1 if mode == "01" else 255))
+    path = tmp_path / ("m.jpg" if mode == "JPEG" else "m.png")
+    (image if mode in ("L", "01", "JPEG") else image.convert(mode)).save(path)
+    assert np.array_equal(evaluator.load_mask(path, truth.shape), truth)
+    with pytest.raises(u.ImageError, match="128 x 96"):
+        evaluator.load_mask(path, (128, 96))
+
+
+def test_one_whole_run_with_every_method_and_output(dataset, tmp_path, capsys, caplog):
+    out = {flag: str(tmp_path / name) for flag, name in [("--csv", "s.csv"), ("--json", "s.json"), ("--sheet", "s.png")]}
+    flags = [*map(str, dataset), *TINY, *[x for pair in out.items() for x in pair], "--group-by", r"^(s\d)_"]
+    assert evaluator.main([*flags, "--reference", "isic2018"]) == 0
+    table = capsys.readouterr().out
+    for row in [*evaluator.METHODS, "everything foreground", "centred ellipse", "MedSAM (published)"]:
+        assert f"| {row} |" in table
+    assert "Backbone: builtin" in table and "blind" in table and "macro mIoU" in table
+    assert "not DINO" in caplog.text and "alone.jpg: has no partner" in caplog.text
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["rows"]["unsegmedgat"]["iou"]["mean"] > 0.8 and summary["images"] == 3
+    assert Image.open(tmp_path / "s.png").size[0] > 600
+
+
+def test_a_killed_run_resumes_where_it_stopped(dataset, tmp_path, capsys):
+    csv_file = tmp_path / "scores.csv"
+    flags = [*map(str, dataset), *TINY, "--methods", "vit-kmeans,dsm", "--csv", str(csv_file)]
+    assert evaluator.main(flags) == 0
+    whole, table = csv_file.read_text(), capsys.readouterr().out
+    lines = whole.splitlines(keepends=True)
+    csv_file.write_text("".join(lines[:5]) + lines[5][:20])  # killed in the middle of a line
+    assert evaluator.main([*flags, "--resume"]) == 0
+    assert capsys.readouterr().out == table
+    assert csv_file.read_text().startswith("".join(lines[:5])) and len(csv_file.read_text().splitlines()) == len(lines)
+    assert evaluator.main(flags) == 2  # without --resume an existing file is not touched
+    assert evaluator.main([*flags, "--resume", "--tau", "0.4"]) == 2  # nor mixed with other settings
+
+
+def test_blind_predictions_are_made_before_the_truth_is_read(dataset, monkeypatch, capsys):
+    seen, honest, load_mask = [], evaluator.u.fit, evaluator.load_mask
+
+    def fit(features, adjacency, config, *rest):
+        seen.append("fit")
+        return honest(features, adjacency, config, *rest)
+
+    def read(*arguments):
+        seen.append("truth")
+        return load_mask(*arguments)
+
+    monkeypatch.setattr(evaluator.u, "fit", fit)
+    monkeypatch.setattr(evaluator, "load_mask", read)
+    assert evaluator.main([*map(str, dataset), *TINY, "--methods", "unsegmedgat"]) == 0
+    assert seen == ["fit", "truth"] * 3
+    seen.clear()
+    assert evaluator.main([*map(str, dataset), *TINY, "--methods", "unsegmedgat", "--protocol", "box"]) == 0
+    assert seen == ["truth", "fit", "truth"] * 3  # the box comes first, and the table says so
+    assert "USES GROUND TRUTH" in capsys.readouterr().out
+
+
+def test_the_inscribed_ellipse_by_hand(tmp_path, capsys):
+    for folder in ("i", "m"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(lesion(64, 64)[0]).save(tmp_path / "i" / "a.png")
+    truth = np.zeros((64, 64), bool)
+    truth[20:30, 10:50] = True  # a rectangle, whose inscribed ellipse has pi / 4 of its area, near enough
+    Image.fromarray(truth).save(tmp_path / "m" / "a.png")
+    assert evaluator.free_rows("box", (64, 64), (10, 20, 50, 30))["inscribed ellipse"].sum() == pytest.approx(
+        math.pi / 4 * 400, rel=0.02
+    )
+    flags = [str(tmp_path / "i"), str(tmp_path / "m"), *TINY, "--methods", "vit-kmeans", "--json", str(tmp_path / "j")]
+    assert evaluator.main([*flags, "--protocol", "box"]) == 0
+    rows = json.loads((tmp_path / "j").read_text())["rows"]
+    assert rows["inscribed ellipse"]["iou"]["mean"] == pytest.approx(math.pi / 4, rel=0.02)
+    assert rows["everything foreground"]["iou"]["mean"] == 1  # the box is the truth here
+    assert evaluator.main([*flags, "--protocol", "official", "--preset", "official", "--size", "64"]) == 0
+    assert json.loads((tmp_path / "j").read_text())["settings"]["config"]["heads"] == 1
+
+
+def test_a_failed_image_counts_as_zero_and_is_named(dataset, tmp_path, caplog, capsys):
+    (dataset[0] / "s1_1.jpg").write_text("not an image")
+    flags = [*map(str, dataset), *TINY, "--methods", "dsm", "--json", str(tmp_path / "j")]
+    assert evaluator.main(flags) == 1
+    row = json.loads((tmp_path / "j").read_text())["rows"]["dsm"]
+    assert row["failed"] == ["s1_1"] and "s1_1.jpg" in caplog.text and row["iou"]["mean"] <= 2 / 3
+
+
+def test_predictions_made_elsewhere_get_their_row(dataset, tmp_path, capsys):
+    made = tmp_path / "made"
+    made.mkdir()
+    for n in range(3):
+        Image.fromarray(lesion(seed=n)[1]).save(made / f"s{n}_1.png")
+    flags = [*map(str, dataset), *TINY, "--methods", "dsm", "--predictions", f"oracle={made}"]
+    assert evaluator.main(flags) == 0
+    assert "| oracle | 100.0 [100.0, 100.0] | 100.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [(["--methods", "sam"], "there is no sam"), (["--jitter", "3"], "--protocol box"), (["--resume"], "--csv"),
+     (["--tolerance", "much"], "tolerance"), (["--limit", "0"], "--limit"), (["--tau", "2"], "tau"),
+     (["--group-by", "(x)"], "does not fit")],
+    ids=str,
+)  # fmt: skip
+def test_wrong_use_of_the_evaluator(dataset, caplog, flags, says):
+    assert evaluator.main([*map(str, dataset), *TINY, *flags]) == 2
+    assert says in caplog.messages[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
