@@ -353,7 +353,9 @@ def pair_files(images, masks):
     image_of, mask_of = by_stem(image_paths, False), by_stem(mask_paths, True)
     pairs = {stem: (path, mask_of[stem]) for stem, path in image_of.items() if stem in mask_of}
     if not pairs:
-        raise ValueError(f"{images}, {masks}: no image and mask have the same name, as a.jpg and a.png or a_mask.png have")
+        raise ValueError(
+            f"{images}, {masks}: no image and mask have the same name, as a.jpg and a.png or a_mask.png have"
+        )
     alone = [p for p in image_paths if p.stem not in pairs] + [p for stem, p in mask_of.items() if stem not in pairs]
     return pairs, alone
 
@@ -384,7 +386,9 @@ def load_mask(path, shape=None):
 def bounding_box(mask):
     """The box (x0, y0, x1, y1) of a mask, ends excluded. Raises unsegmedgat.ImageError for an empty one."""
     if not mask.any():
-        raise u.ImageError("the ground truth is empty, so there is no box: use --protocol blind, or leave the image out")
+        raise u.ImageError(
+            "the ground truth is empty, so there is no box: use --protocol blind, or leave the image out"
+        )
     (y0, y1), (x0, x1) = ((line.nonzero()[0].min(), line.nonzero()[0].max() + 1) for line in (mask.any(1), mask.any(0)))
     return int(x0), int(y0), int(x1), int(y1)
 
@@ -468,7 +472,11 @@ def frame(stem, image, truth_path, run):
     # The one place where something of the ground truth goes into a prediction: its box.
     box = bounding_box(load_mask(truth_path, shape))
     if run.protocol == "box":
-        return rgb, np.s_[: shape[0], : shape[1]], jittered(box, run.jitter, shape, [run.config.seed, zlib.crc32(stem.encode())])
+        return (
+            rgb,
+            np.s_[: shape[0], : shape[1]],
+            jittered(box, run.jitter, shape, [run.config.seed, zlib.crc32(stem.encode())]),
+        )
     x0, y0, x1, y1 = box
     top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
     return rgb, np.s_[top : y1 + u.RING, left : x1 + u.RING], (x0 - left, y0 - top, x1 - left, y1 - top)
@@ -547,7 +555,9 @@ def read_scores(path, fingerprints):
             if line["method"] not in fingerprints:
                 continue
             if line["settings"] != fingerprints[line["method"]]:
-                raise ValueError(f"{path}: holds {line['method']} with other settings; give the same ones, or another file")
+                raise ValueError(
+                    f"{path}: holds {line['method']} with other settings; give the same ones, or another file"
+                )
             if not line["error"]:
                 numbers = {name: float(line[name]) for name in (*METRICS, "seconds")}
                 done[line["image"], line["method"]] = numbers | {"error": ""}
@@ -568,16 +578,31 @@ def summarise(scores, stems, rows, groups, seed):
             values = table[row][m]
             difference = values - table[rows[0]][m]
             entry[m] = {"mean": float(values.mean()), "interval": interval(values, labels, seed)}
-            entry[m] |= {"difference": float(difference.mean()), "difference_interval": interval(difference, labels, seed)}
+            entry[m] |= {
+                "difference": float(difference.mean()),
+                "difference_interval": interval(difference, labels, seed),
+            }
             if groups:
                 inside = {g: values[[label == g for label in labels]].mean() for g in dict.fromkeys(labels)}
-                entry[m] |= {"groups": {g: float(v) for g, v in inside.items()}, "macro": float(np.mean([*inside.values()]))}
+                entry[m] |= {
+                    "groups": {g: float(v) for g, v in inside.items()},
+                    "macro": float(np.mean([*inside.values()])),
+                }
         summary[row] = entry
     return summary
 
 
 # Table I of the paper: (mIoU, Dice) in %
-REFERENCE_ROWS = ("UnSegMedGATc", "UnSegMedGAT", "UnSeGArmaNet", "UnSegGNet", "MedSAM", "MinCutPool", "DSM", "ViT-KMeans")
+REFERENCE_ROWS = (
+    "UnSegMedGATc",
+    "UnSegMedGAT",
+    "UnSeGArmaNet",
+    "UnSegGNet",
+    "MedSAM",
+    "MinCutPool",
+    "DSM",
+    "ViT-KMeans",
+)
 REFERENCES = {
     "isic2018": ((74.76, 85.17), (73.75, 84.34), (73.16, 83.16), (73.94, 84.12),
                  (61.36, 73.06), (72.31, 83.24), (72.2, 81.71), (68.6, 78.37)),
@@ -652,7 +677,13 @@ def preset(name, clusters):
     extra edge term in the attention, its division of the graph by the maximum, and its features that are not normalised.
     paper: section III of the paper, whatever this project's defaults are.
     """
-    common = u.PRESETS["paper"] | {"size": 224, "projection": 64, "activation": "silu", "weight_decay": 1e-2, "clusters": clusters}
+    common = u.PRESETS["paper"] | {
+        "size": 224,
+        "projection": 64,
+        "activation": "silu",
+        "weight_decay": 1e-2,
+        "clusters": clusters,
+    }
     return common | {
         "official": {"tau": 0.35, "stride": 4, "heads": 1, "widths": (32, 64, 128), "layers": 1, "lr": 1e-4, "epochs": 55,
                      "resolution": 0.5, "balance": 2 * clusters**-0.25, "squash": True},
@@ -763,7 +794,11 @@ def shared_parameters(pairs, run, quiet):
 
 def settings_of(run, options):
     """All that the scores depend on beside the images, for the fingerprints and the JSON file."""
-    backbone = {"name": run.backbone.name, "branch": options.branch, "weights": options.weights and options.weights.name}
+    backbone = {
+        "name": run.backbone.name,
+        "branch": options.branch,
+        "weights": options.weights and options.weights.name,
+    }
     settings = {"protocol": run.protocol, "squash": run.squash, "jitter": run.jitter, "tolerance": run.tolerance}
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 

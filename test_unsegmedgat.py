@@ -347,7 +347,9 @@ def test_field_of_view_leaves_out_a_dark_frame_and_a_sticker_at_the_border_but_n
 def test_locate_finds_a_disc(cy, cx, r):
     y, x = np.mgrid[:224, :296]
     inside = np.hypot(y - cy * 224, x - cx * 296) < r * 224
-    rgb = np.where(inside[..., None], (150, 90, 80), (220, 180, 160)) + np.random.default_rng(0).normal(0, 4, (224, 296, 1))
+    rgb = np.where(inside[..., None], (150, 90, 80), (220, 180, 160)) + np.random.default_rng(0).normal(
+        0, 4, (224, 296, 1)
+    )
     place = u.locate(as_tensor(rgb.clip(0, 255).astype(np.uint8)), 1.0)
     truth = F.avg_pool2d(torch.from_numpy(inside)[None].float(), 8)[0] > 0.5
     assert iou(place.core.bool().numpy(), truth.numpy()) > 0.7
@@ -440,7 +442,9 @@ def test_the_published_backbone_has_150_tensors_and_21_670_272_parameters():
     assert tensors["pos_embed"].shape == (1, 785, 384) and tensors["blocks.11.attn.qkv.weight"].shape == (1152, 384)
 
 
-@pytest.mark.parametrize("file, branch", [("backbone.pth", "teacher"), ("full.pth", "teacher"), ("full.pth", "student")])
+@pytest.mark.parametrize(
+    "file, branch", [("backbone.pth", "teacher"), ("full.pth", "teacher"), ("full.pth", "student")]
+)
 def test_both_layouts_load_exactly(dino_files, file, branch):
     folder, branches = dino_files
     model = u.load_dino(folder / file, branch)
@@ -924,7 +928,10 @@ def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, pho
 
     monkeypatch.setattr(Image.Image, "save", fail_half_way)
     assert u.main([str(photo), "-o", str(out), *QUICK]) == 1
-    assert out.read_bytes() == b"an earlier result" and sorted(p.name for p in tmp_path.iterdir()) == ["mask.png", "photo.png"]
+    assert out.read_bytes() == b"an earlier result" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "mask.png",
+        "photo.png",
+    ]
     assert "No space left" in caplog.messages[0]
 
 
@@ -1066,7 +1073,9 @@ def test_masks_of_every_kind_are_read_the_same(tmp_path, mode):
 
 
 def test_one_whole_run_with_every_method_and_output(dataset, tmp_path, capsys, caplog):
-    out = {flag: str(tmp_path / name) for flag, name in [("--csv", "s.csv"), ("--json", "s.json"), ("--sheet", "s.png")]}
+    out = {
+        flag: str(tmp_path / name) for flag, name in [("--csv", "s.csv"), ("--json", "s.json"), ("--sheet", "s.png")]
+    }
     flags = [*map(str, dataset), *TINY, *[x for pair in out.items() for x in pair], "--group-by", r"^(s\d)_"]
     assert evaluator.main([*flags, "--reference", "isic2018"]) == 0
     table = capsys.readouterr().out

@@ -76,7 +76,9 @@ class Config:
     collective: int = setting(0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper")
     lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III")
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
-    prior: float = setting(1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours")
+    prior: float = setting(
+        1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours"
+    )
     colour_steps: int = setting(8, "steps of the colour model that sharpens the foreground; 0 for none", "ours")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006")
     balance: float = setting(0.0, "b, the weight of the second term of eq. (8), for equal clusters", "ours; paper: 1")
@@ -660,8 +662,6 @@ def on_patches(cells, grid):
 
 
 CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
-
-
 
 
 def field_of_view(image):
