@@ -643,7 +643,7 @@ def contact_sheet(pairs, scores, row, run, columns=4):
     from torchvision.utils import make_grid
 
     ranked = sorted((s for s in pairs if not scores[s, row]["error"]), key=lambda stem: -scores[stem, row]["iou"])
-    columns = min(columns, len(ranked))
+    columns = min(columns, math.ceil(len(ranked) / 3))
     middle = (len(ranked) - columns) // 2
     chosen = ranked[:columns] + ranked[middle : middle + columns] + ranked[len(ranked) - columns :]
     tiles, font = [], ImageFont.load_default(12)
