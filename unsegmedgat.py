@@ -664,11 +664,17 @@ def on_patches(cells, grid):
 CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
 
 
+def closeness(h, w):
+    """How close to the middle of an image the cells (h,w) are, in (0,1]: people hold what they photograph there."""
+    return torch.exp(-(middle(h)[:, None] ** 2 + middle(w) ** 2) / (2 * 0.7**2))
+
+
 def field_of_view(image):
     """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
 
-    Left out is what sticks in from the border: the dark frame of an endoscope or dermatoscope, and whatever differs
-    sharply from the background's smooth surface, stays near the border and is not large: stickers, rulers, ink.
+    Left out are the dark frame of an endoscope or dermatoscope; what differs sharply from the background's smooth
+    surface or has another hue, touches the border, stays near it and is not large: stickers, rulers; and violet ink,
+    anywhere, since tissue that is redder than its surround is yellower too: melanin and blood both absorb blue.
     """
     bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
     h, w = bright.shape
@@ -686,7 +692,11 @@ def field_of_view(image):
     deviation = F.avg_pool2d(even_light(rgb_to_lab(image), weight), PATCH)  # (3,h,w)
     spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
     far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
-    objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35))
+    fine = F.avg_pool2d(rgb_to_lab(image), PATCH // 2)  # pen strokes are thinner than a cell
+    fine = fine - fine[:, torch.from_numpy(~dark).repeat_interleave(2, 0).repeat_interleave(2, 1)].median(1).values[:, None, None]
+    far |= F.avg_pool2d(fine[1:], 2).norm(dim=0).numpy() > 36
+    ink = F.max_pool2d(((fine[1] > 0) & (fine[1] - fine[2] > 25)).float()[None], 2)[0].numpy() > 0
+    objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35) | ink)
     return torch.from_numpy(~(dark | objects)).float()
 
 
@@ -707,7 +717,6 @@ def locate(image, width):
     lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid)
     colours = F.avg_pool2d(lab, PATCH) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
     layers = (torch.cat([colours, torch.ones(1, h, w)]) * valid)[:, None]  # (4,1,h,w): the last counts
-    closeness = torch.exp(-(y**2 + x**2) / (2 * 0.7**2))
     best, place = -1.0, (0, 0, 1)
     for radius in min(h, w) * np.array([0.07, 0.11, 0.14, 0.2, 0.27, 0.36]):
         reach = int(1.6 * radius + 0.7)
@@ -718,7 +727,7 @@ def locate(image, width):
         sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (4,2,h,w)
         means, shares = sums[:3] / sums[3].clamp(min=1), sums[3] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
         contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
-        score = contrast * closeness * valid * radius**0.25
+        score = contrast * closeness(h, w) * valid * radius**0.25
         if score.max() > best:
             best, place = score.max(), (*divmod(int(score.argmax()), w), radius)
     row, column, radius = place
@@ -841,6 +850,18 @@ def gaussian_log_ratio(colours, foreground, background):
     return logs[0] - logs[1]
 
 
+def moments_ellipse(weight, grow):
+    """The ellipse with the moments of weight (h,w), its axes times `grow`: (h,w), 1 on it, 0 in its centre."""
+    h, w = weight.shape
+    half = min(h, w) / 2
+    xy = torch.stack([torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)]).flatten(1) / half
+    weight = weight.flatten() / weight.sum()
+    centred = xy - (xy @ weight)[:, None]
+    covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
+    squared = (centred * (torch.linalg.inv(covariance) @ centred)).sum(0)
+    return squared.clamp(min=1e-6).sqrt().unflatten(0, (h, w))
+
+
 def model_colours(image, foreground, place, steps, components=1):
     """Sharpen a foreground map by what the object and its surround look like: expectation maximisation.
 
@@ -859,16 +880,10 @@ def model_colours(image, foreground, place, steps, components=1):
     colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside()), 4)  # (3,s/4,t/4)
     h, w = colours.shape[1:]
     colours = colours.flatten(1).T / 10
-    half = min(h, w) / 2
-    y, x = (torch.arange(h)[:, None].expand(h, w) / half, torch.arange(w).expand(h, w) / half)
-    xy = torch.stack([y, x]).flatten(1)  # (2,P), in half shorter sides
     allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
 
-    def ellipse(weight, grow):  # (P,), 1 on the ellipse with the moments of the weight, grown
-        weight = weight / weight.sum()
-        centred = xy - (xy @ weight)[:, None]
-        covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
-        return (centred * (torch.linalg.inv(covariance) @ centred)).sum(0).clamp(min=1e-6).sqrt()
+    def ellipse(weight, grow):  # (P,)
+        return moments_ellipse(weight.unflatten(0, (h, w)), grow).flatten()
 
     p = foreground.flatten() * allowed
     pieces, _ = ndimage.label((p > 0.5).unflatten(0, (h, w)).numpy())
@@ -891,6 +906,46 @@ def model_colours(image, foreground, place, steps, components=1):
     radius = math.sqrt(mask.sum() / math.pi)
     p = ndimage.gaussian_filter(mask.astype(np.float32), 0.1 * radius, mode="nearest")
     return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
+
+
+def separation(image, foreground, place):
+    """How well a foreground (s/4,t/4) stands out: the distance of its edge's colours from those of the ring around it.
+
+    In units of their spread, times how close to the middle of the image it lies; 0 for nothing or everything.
+    """
+    mask = foreground.numpy() > 0.5
+    lab = F.avg_pool2d(rgb_to_lab(image), 4) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
+    valid = (place.weights > 0).repeat_interleave(2, 0).repeat_interleave(2, 1).numpy()
+    width = max(2, 0.25 * math.sqrt(mask.sum() / math.pi))
+    edge = mask & (ndimage.distance_transform_edt(mask) <= width)
+    ring = ~mask & (ndimage.distance_transform_edt(~mask) <= width) & valid
+    if not (edge.any() and ring.any()):
+        return 0.0
+    edge, ring = lab[:, torch.from_numpy(edge)], lab[:, torch.from_numpy(ring)]
+    spread = (edge.var(1, correction=0) + ring.var(1, correction=0)) / 2 + 1
+    distance = ((edge.mean(1) - ring.mean(1)).square() / spread).sum().sqrt()
+    return float(distance * closeness(*mask.shape)[torch.from_numpy(mask)].mean())
+
+
+STARTS = 1.5, 2.2  # sizes of the further starts of `outline`, relative to the first result
+
+
+def outline(image, foreground, place, steps, components=1):
+    """`model_colours` from several starts, of whose results the one that stands out best is kept: (s/4,t/4) in [0,1].
+
+    A small dark core in a larger object is a steady state of its own: so the first result's ellipse, made larger, is
+    tried as a start too. A user's box tells the size, so that the first result is then the only one.
+    """
+    first = model_colours(image, foreground, place, steps, components)
+    if place.box is not None or not (first > 0.5).any():
+        return first
+    results = [first]
+    for grow in STARTS:
+        start = torch.sigmoid(8 * (1 - moments_ellipse((first > 0.5) + 1e-4, grow)))
+        core = F.avg_pool2d((start > 0.5).float()[None], 2)[0]
+        wider = dataclasses.replace(place, core=(core > 0.5) * (place.weights > 0).float())
+        results.append(model_colours(image, start, wider, steps, components))
+    return max(results, key=lambda result: separation(image, result, place))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -988,7 +1043,7 @@ def finish(scene, assignment, config):
     foreground = assignment[..., background:].sum(2, keepdims=True)  # (h,w,1)
     if config.colour_steps and not config.invert:
         foreground = torch.from_numpy(upsample(foreground, config.stride, (s // 4, t // 4), (s, t))[..., 0])
-        foreground = model_colours(scene.image, foreground, scene.place, config.colour_steps, config.components)
+        foreground = outline(scene.image, foreground, scene.place, config.colour_steps, config.components)
         foreground = upsample(foreground[..., None].numpy(), 4, rgb.shape[:2], (s, t), 4)
     else:
         foreground = upsample(foreground, config.stride, rgb.shape[:2], (s, t))
