@@ -4,6 +4,7 @@
     python eval.py images/ masks/ --protocol box                # a rectangle around the object is given
     python eval.py images/ masks/ --protocol official --preset official --reference isic2018      # as Table I was made
     python eval.py images/ masks/ --csv scores.csv --resume     # goes on where an interrupted run stopped
+    torchrun --nproc-per-node=8 eval.py images/ masks/          # on many cores, GPUs or machines
 
 All methods get the same features and the same graph, and the same steps turn their clusters into masks, so a
 difference between two rows is the clustering alone. Ground truth exists in this file only.
@@ -538,18 +539,25 @@ def evaluate(stem, image, truth_path, rows, run):
 COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 
 
+def prepare_csv(path):
+    """Begin a CSV file with its header, or take off the line that a kill has cut short."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        if b"\n" not in content:
+            file.write((",".join(COLUMNS) + "\n").encode())
+
+
 def read_scores(path, fingerprints):
-    """{(stem, row): scores} of the rows in a CSV file that did not fail; a line that a kill cut short is taken off.
+    """{(stem, row): scores} of the rows in a CSV file that did not fail.
 
     fingerprints: {row: the settings' digest}. Raises ValueError where a row was made with other settings.
     """
-    with open(path, "r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
     done = {}
     with open(path, newline="") as file:
         lines = csv.DictReader(file)
-        if lines.fieldnames and tuple(lines.fieldnames) != COLUMNS:
+        if tuple(lines.fieldnames) != COLUMNS:
             raise ValueError(f"{path}: its columns are not those of this program; write to another file")
         for line in lines:
             if line["method"] not in fingerprints:
@@ -775,20 +783,20 @@ def check(options):
 
 def shared_parameters(pairs, run, quiet):
     """The first phase of UnSegMedGATc over all the images; always from the start, so that --resume changes nothing."""
-    scenes = []
-    with torch.hub.tqdm(total=len(pairs), desc="features", disable=quiet) as bar:
-        for stem, (image, truth_path) in pairs.items():
+    scenes, (rank, world) = [], u.rank_and_world()
+    share = dict(list(pairs.items())[rank::world])
+    with torch.hub.tqdm(total=len(share), desc="features", disable=quiet) as bar:
+        for stem, (image, truth_path) in share.items():
             try:
                 rgb, seen, box = frame(stem, image, truth_path, run)
                 scene = look(rgb[seen], run, box if run.protocol == "box" else None)
                 scenes.append((scene.features, scene.weights))
             except FAILURES as error:
                 log.debug("%s: %s", image, error)  # `evaluate` meets the same failure, and names the image
+                scenes.append(None)
             bar.update(1)
-    if not scenes:
-        raise ValueError("no image can be read, so there is nothing to fit unsegmedgatc to")
     config = collective(run.config)
-    with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=quiet) as bar:
+    with torch.hub.tqdm(total=config.collective * len(pairs), desc="shared", disable=quiet) as bar:
         return u.fit_collective(scenes, config, progress=lambda: bar.update(1))
 
 
@@ -810,34 +818,38 @@ def fingerprint(row, settings, run, pairs):
 
 
 def score_all(pairs, rows, run, options, settings):
-    """{(stem, row): scores} of every image and row, written to the CSV file as they come."""
+    """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
     fingerprints = {row: fingerprint(row, settings, run, pairs) for row in rows}
-    scores = read_scores(options.csv, fingerprints) if options.csv and options.csv.exists() else {}
+    rank, world = u.rank_and_world()
+    if options.csv and rank == 0:
+        prepare_csv(options.csv)
+    u.gather(None)
+    scores = read_scores(options.csv, fingerprints) if options.csv else {}
+    u.gather(None)  # so no rank reads before the file is ready, or writes before every rank has read
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
     if any("unsegmedgatc" in missing for missing in todo.values()):
         shared = shared_parameters(pairs, run, options.quiet)
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgatc, shared=shared)
+    share = list(todo)[rank::world]
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(torch.hub.tqdm(total=len(todo), desc=run.protocol, disable=options.quiet))
-        writer = None
-        if options.csv:
-            file = stack.enter_context(open(options.csv, "a", newline=""))
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-        for stem, missing in todo.items():
-            for row, score in evaluate(stem, *pairs[stem], missing, run).items():
+        bar = stack.enter_context(torch.hub.tqdm(total=len(share), desc=run.protocol, disable=options.quiet or rank > 0))
+        file = stack.enter_context(open(options.csv or os.devnull, "a", newline=""))
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        for stem in share:
+            for row, score in evaluate(stem, *pairs[stem], todo[stem], run).items():
                 scores[stem, row] = score
-                if writer:
-                    writer.writerow({"settings": fingerprints[row], "image": stem, "method": row} | score)
-                    file.flush()
+                writer.writerow({"settings": fingerprints[row], "image": stem, "method": row} | score)
+            file.flush()  # an image's lines in one piece, so that those of several ranks do not mix
             bar.update(1)
+    for part in u.gather({(stem, row): scores[stem, row] for stem in share for row in todo[stem]}):
+        scores |= part
     return scores
 
 
 def run_evaluation(options):
     """Score what the options ask for and print the table; returns the exit code. Raises ValueError or OSError for wrong use."""
     check(options)
+    u.gather(None)  # no rank writes before every rank has looked what exists
     pairs, alone = pair_files(options.images, options.masks)
     for path in alone:
         log.warning("%s: has no partner and is left out", path)
@@ -846,6 +858,7 @@ def run_evaluation(options):
         spread = np.unique(np.linspace(0, len(stems) - 1, min(options.limit, len(stems))).round().astype(int))
         pairs = {stems[i]: pairs[stems[i]] for i in spread}
     groups = group_of(pairs, options.group_by) if options.group_by else None
+    rank, _ = u.rank_and_world()
     device = u.pick_device(options.device)
     backbone = u.load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
     if backbone.name != "dino":
@@ -858,6 +871,9 @@ def run_evaluation(options):
     settings = settings_of(run, options)
     scores = score_all(pairs, rows, run, options, settings)
     summary = summarise(scores, list(pairs), rows, groups, run.config.seed)
+    code = 1 if any(entry["failed"] for entry in summary.values()) else 0
+    if rank > 0:
+        return code
 
     print(f"**{run.protocol}** protocol: {PROTOCOLS[run.protocol]}. n = {len(pairs)} images", end="")
     print(f" in {len(set(groups.values()))} groups." if groups else ".")
@@ -881,7 +897,7 @@ def run_evaluation(options):
     succeeded = any(not scores[stem, rows[0]]["error"] for stem in pairs)
     if options.sheet and succeeded:
         u.save_png(contact_sheet(pairs, scores, rows[0], run), options.sheet)
-    return 1 if any(entry["failed"] for entry in summary.values()) else 0
+    return code
 
 
 def group_of(stems, pattern):
@@ -908,7 +924,8 @@ def main(argv=None):
     logging.basicConfig(format="%(levelname)s: %(message)s")
     options = parse(argv)
     try:
-        return run_evaluation(options)
+        with u.ranks():
+            return run_evaluation(options)
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", str(error).split("\n")[0])
         return 2

@@ -7,6 +7,7 @@ import http.server
 import json
 import math
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -836,6 +837,64 @@ def test_collective_run_and_box_from_the_command_line(tmp_path, capsys):
         assert iou(np.array(Image.open(out / f"{seed}.png")) > 0, lesion()[1]) > 0.9
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Four photographs and a broken file."""
+    (tmp_path / "in").mkdir()
+    for seed in range(4):
+        Image.fromarray(lesion(seed=seed)[0]).save(tmp_path / "in" / f"{seed}.png")
+    (tmp_path / "in" / "2b.png").write_text("broken")
+    return tmp_path / "in"
+
+
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_order_and_bytes_of_the_outputs_do_not_depend_on_the_number_of_workers(folder, tmp_path, capsys):
+    said = []
+    for workers in "1", "2":
+        out = tmp_path / workers
+        assert u.main([str(folder), "-o", str(out), *QUICK, "--probability", "--workers", workers]) == 1
+        said.append([line.split(" -> ")[0] for line in capsys.readouterr().out.splitlines()])
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") and len(contents(tmp_path / "1")) == 8
+    assert said[0] == said[1] == [f"[{n}/5] {folder}/{name}.png" for n, name in ((1, 0), (2, 1), (3, 2), (5, 3))]
+
+
+def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(folder, tmp_path):
+    for seed in range(4, 24):
+        Image.fromarray(lesion(seed=seed)[0]).save(folder / f"{seed}.png")
+    (folder / "2b.png").unlink()
+    out = tmp_path / "out"
+    command = [sys.executable, HERE / "unsegmedgat.py", folder, "-o", out, *QUICK, "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("[1/24]")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == (
+        "ERROR: interrupted; what is written is whole, and --skip-existing goes on from here\n"
+    )
+    before = contents(out)
+    assert 0 < len(before) < 24 and all(Image.open(path).load() for path in out.iterdir())
+    assert u.main([*map(str, command[2:]), "--skip-existing", "--quiet"]) == 0
+    after = contents(out)
+    assert len(after) == 24 and before.items() <= after.items()
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+def test_two_processes_of_torchrun_give_the_same_bytes_collective_phase_included(folder, tmp_path):
+    arguments = [str(folder), *QUICK, "--collective", "5", "--probability"]
+    assert u.main([*arguments, "-o", str(tmp_path / "one"), "--workers", "1", "--quiet"]) == 1
+    done = torchrun(HERE / "unsegmedgat.py", *arguments, "-o", tmp_path / "two")
+    assert done.returncode == 1 and "1 failed: " in done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "two")) == 8
+
+
 def bad_image(kind, path):
     rgb = lesion()[0]
     if kind == "empty":
@@ -1100,6 +1159,19 @@ def test_a_killed_run_resumes_where_it_stopped(dataset, tmp_path, capsys):
     assert csv_file.read_text().startswith("".join(lines[:5])) and len(csv_file.read_text().splitlines()) == len(lines)
     assert evaluator.main(flags) == 2  # without --resume an existing file is not touched
     assert evaluator.main([*flags, "--resume", "--tau", "0.4"]) == 2  # nor mixed with other settings
+
+
+def test_two_processes_of_torchrun_print_the_same_table(dataset, tmp_path, capsys):
+    arguments = [*map(str, dataset), *QUICK, "--quiet", "--methods", "unsegmedgat,unsegmedgatc"]
+    assert evaluator.main([*arguments, "--csv", str(tmp_path / "1.csv")]) == 0
+    one = capsys.readouterr().out
+    done = torchrun(HERE / "eval.py", *arguments, "--csv", tmp_path / "2.csv")
+    assert done.returncode == 0 and done.stdout == one
+
+    def lines(name):  # without the seconds, in any order
+        return sorted(line.split(",")[:-2] for line in (tmp_path / name).read_text().splitlines())
+
+    assert lines("1.csv") == lines("2.csv")
 
 
 def test_blind_predictions_are_made_before_the_truth_is_read(dataset, monkeypatch, capsys):

@@ -7,6 +7,7 @@ graph attention network is optimised, for that image alone, until its clusters h
     python unsegmedgat.py image.png -o mask.png              # one photograph
     python unsegmedgat.py photos/ -o masks/ --overlay        # a folder, with pictures to look at
     python unsegmedgat.py image.png -o mask.png --explain    # one picture of every stage
+    torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
 The file reads top to bottom as section II of the paper: features, graph (1), attention (2)-(4), network (5),
 loss (6)-(8), fit; then which clusters are the object, the refinement, and the command line.
@@ -19,7 +20,9 @@ import dataclasses
 import functools
 import logging
 import math
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -27,7 +30,10 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
-from torch import nn
+from torch import distributed, nn
 
 import bilateral
 
@@ -558,12 +564,11 @@ def new_network(in_features, config, device):
     return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
 
-def step(network, optimizer, features, adjacency, config):
-    """One epoch on one image; returns the loss before the step, a scalar tensor."""
+def gradients(network, features, adjacency, config):
+    """Leave the loss's gradients in the network's parameters; returns the loss, a scalar tensor."""
     loss = modularity_loss(network(features, adjacency), adjacency, config.resolution, config.balance)
-    optimizer.zero_grad(set_to_none=True)
+    network.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
     return loss.detach()
 
 
@@ -578,23 +583,60 @@ def fit(features, adjacency, config=Config(), shared=None):
     if shared is not None:
         network.load_state_dict(shared)
         epochs -= config.collective
-    losses = [step(network, optimizer, features, adjacency, config) for _ in range(epochs)]
+    losses = []
+    for _ in range(epochs):
+        losses.append(gradients(network, features, adjacency, config))
+        optimizer.step()
     with torch.no_grad():
         return network(features, adjacency), torch.stack(losses).tolist()
+
+
+def rank_and_world():
+    """The number of this process and how many there are in a torch.distributed run; (0, 1) without one."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """The value of every rank of a torch.distributed run, in order; [value] without one."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def fit_collective(images, config=Config(), progress=None):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
-    images: a sequence of features (N,C) with the weights (N,) of their nodes, N may differ; each graph is built anew
-    when its turn comes, so that only one is in memory. progress: called after every step. Returns the state_dict that
-    `fit` takes as `shared`.
+    images: a sequence of features (N,C) with the weights (N,) of their nodes, N may differ; None is passed over. Each
+    graph is built anew when its turn comes, so that only one is in memory. progress: called after every step.
+    Under torch.distributed each rank gives its share, images[rank::world]. The steps follow one another as if one rank
+    had them all: whose image it is computes the gradients, and the all-reduced sum keeps the parameters the same.
+    Returns the state_dict that `fit` takes as `shared`. Raises ValueError where there is no image.
     """
-    first = images[0][0]
-    network, optimizer = new_network(first.shape[1], config, first.device)
+    widths = gather([image and image[0].shape[1] for image in images])  # C of every image of every rank
+    found = [width for share in widths for width in share if width]
+    if not found:
+        raise ValueError("there is no image to fit the shared parameters to")
+    rank, world = rank_and_world()
+    device = next((image[0].device for image in images if image), pick_device("auto") if world > 1 else None)
+    network, optimizer = new_network(found[0], config, device)
     for _ in range(config.collective):
-        for features, weights in images:
-            step(network, optimizer, features, build_graph(features, config.tau, weights), config)
+        for turn in range(sum(map(len, widths))):
+            owner, index = turn % world, turn // world
+            if not widths[owner][index]:
+                continue
+            network.zero_grad(set_to_none=True)
+            if owner == rank:
+                features, weights = images[index]
+                gradients(network, features, build_graph(features, config.tau, weights), config)
+            if world > 1:
+                parameters = list(network.parameters())
+                total = torch.cat([(p.grad if owner == rank else torch.zeros_like(p)).flatten() for p in parameters])
+                distributed.all_reduce(total)
+                for parameter, grad in zip(parameters, total.split([p.numel() for p in parameters])):
+                    parameter.grad = grad.view_as(parameter)
+            optimizer.step()
             if progress:
                 progress()
     return network.state_dict()
@@ -1067,13 +1109,13 @@ def finish(scene, assignment, config):
 
 
 def pick_device(device):
-    """A torch.device; "auto" is CUDA where there is a GPU, else the CPU. Raises ValueError where it is not there."""
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError where it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(torch.device(device).type, False):
         raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
-    return torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def segment(
@@ -1252,6 +1294,8 @@ def build_parser():
     parser.add_argument("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that share several images, one thread each; "
+                        "default: one a core, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
     parser.add_argument("--verbose", action="store_true", help="seconds of every stage")
     add_config_flags(parser)
@@ -1341,61 +1385,137 @@ def write_outputs(outputs, result, config):
         save_png(picture, path)
 
 
+FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # of one image; the others go on
+
+
+def reason(error):
+    """An exception in one line."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def segment_to_files(task):
+    """One image from file to files, here or in a worker: (what to say of it, None), or (None, why it failed)."""
+    image, outputs, config, how = task
+    start = time.perf_counter()
+    try:
+        result = segment(image, config, **how)
+        write_outputs(outputs, result, config)
+    except FAILURES as error:
+        return None, reason(error)
+    seconds = ", ".join(f"{stage} {t:.2f} s" for stage, t in result.seconds.items())
+    said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, {time.perf_counter() - start:.1f} s"
+    return (said, seconds), None
+
+
+LOG_FORMAT = "%(levelname)s: %(message)s"
+
+
+def start_worker():
+    """What a worker process does first. Ctrl-C is its parent's business: the worker finishes the image at hand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format=LOG_FORMAT)
+
+
+@contextlib.contextmanager
+def worker_map(workers):
+    """A `map` that runs in so many worker processes and keeps the order; in this one for 1.
+
+    Each has one thread: two that share a core with other programs wait for each other, up to 30 times slower, and sums
+    in the same order give the same bytes whatever the number of workers.
+    """
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield map
+        finally:
+            torch.set_num_threads(threads)
+    else:
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads it does not have
+        before = dict(os.environ)
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by torch and NumPy as the workers import them
+        pool = ProcessPoolExecutor(workers, spawn, start_worker)
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an interrupt too, only what is begun is finished
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def ranks():
+    """`rank_and_world` under torchrun, whose processes share the images."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield rank_and_world()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(timeout=timedelta(days=1))  # they wait for the slowest; torchrun minds the dead
+    try:
+        yield rank_and_world()
+    finally:
+        distributed.destroy_process_group()
+
+
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
     config = config_from(options)
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"workers must be at least 1, got {options.workers}")
     plan = plan_outputs(options)
-    device = pick_device(options.device)
-    backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
     if options.skip_existing:
         plan = [(image, outputs) for image, outputs in plan if not all(path.exists() for path in outputs.values())]
-    failures = []
+    with ranks() as (rank, world):
+        gather(None)  # no rank writes before every rank has looked what exists
+        device = pick_device(options.device)
+        backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+        share, failures = list(enumerate(plan, 1))[rank::world], []
+        shared = None
+        if config.collective:
+            scenes = []
+            for _, (image, _) in share:
+                try:
+                    scene = look(load_image(image), config, backbone, device, options.box)
+                    scenes.append((scene.features, scene.weights))
+                except FAILURES:  # of which `segment` will tell
+                    scenes.append(None)
+            quiet = options.quiet or rank > 0
+            with torch.hub.tqdm(total=config.collective * len(plan), desc="shared", disable=quiet) as bar:
+                if any(any(have) for have in gather([scene is not None for scene in scenes])):
+                    shared = fit_collective(scenes, config, progress=lambda: bar.update(1))
+                    shared = {name: tensor.cpu() for name, tensor in shared.items()}
 
-    @contextlib.contextmanager
-    def noting_failure(image):
-        """Note that an image failed and go on with the others."""
-        try:
-            yield
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            failures.append(image)
-            log.error("%s: %s", image, str(error).split("\n")[0] or type(error).__name__)
-
-    shared = None
-    if config.collective:
-        scenes = []
-        for image, _ in plan:
-            with noting_failure(image):
-                scene = look(load_image(image), config, backbone, device, options.box)
-                scenes.append((scene.features, scene.weights))
-        if scenes:
-            with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=options.quiet) as bar:
-                shared = fit_collective(scenes, config, progress=lambda: bar.update(1))
-
-    todo = [(image, outputs) for image, outputs in plan if image not in failures]
-    for number, (image, outputs) in enumerate(todo, 1):
-        with noting_failure(image):
-            start = time.perf_counter()
-            result = segment(image, config, box=options.box, backbone=backbone, device=device.type, shared=shared)
-            write_outputs(outputs, result, config)
-            if not options.quiet:
-                said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, "
-                said += f"{time.perf_counter() - start:.1f} s"
-                if options.verbose:
-                    said += "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items())
-                print(f"[{number}/{len(todo)}] {image} -> {outputs['mask']}  {said}", flush=True)
-    if failures and len(plan) > 1:
+        most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
+        workers = min(options.workers or most, max(1, len(share)))
+        how = {"box": options.box, "device": str(device), "shared": shared, "weights": options.weights,
+               "branch": options.branch, "backbone": backbone if workers == 1 else backbone.name}  # fmt: skip
+        with worker_map(workers) if len(plan) > 1 else contextlib.nullcontext(map) as in_order:
+            tasks = [(image, outputs, config, how) for _, (image, outputs) in share]
+            for (number, (image, outputs)), (said, why) in zip(share, in_order(segment_to_files, tasks)):
+                if why:
+                    failures.append(image)
+                    log.error("%s: %s", image, why)
+                elif not options.quiet:
+                    said = ", ".join(said if options.verbose else said[:1])
+                    print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
+        failures = [image for part in gather(failures) for image in part]
+    if failures and len(plan) > 1 and rank == 0:
         log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
     return 1 if failures else 0
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format=LOG_FORMAT)
     options = parse_options(build_parser(), argv)
     try:
         return run(options)
+    except BrokenProcessPool:
+        log.error("a worker process died, perhaps out of memory: use fewer --workers, and --skip-existing to go on")
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
-        log.error("%s", str(error).split("\n")[0])
+        log.error("%s", reason(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted; what is written is whole, and --skip-existing goes on from here")
