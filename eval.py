@@ -5,6 +5,7 @@
     python eval.py images/ masks/ --protocol official --preset official --reference isic2018      # as Table I was made
     python eval.py images/ masks/ --csv scores.csv --resume     # goes on where an interrupted run stopped
     torchrun --nproc-per-node=8 eval.py images/ masks/          # on many cores, GPUs or machines
+    python eval.py bench                                        # how fast it is on your machine; needs no images
 
 All methods get the same features and the same graph, and the same steps turn their clusters into masks, so a
 difference between two rows is the clustering alone. Ground truth exists in this file only.
@@ -20,6 +21,7 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -40,6 +42,7 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import nn
 
+import bilateral
 import unsegmedgat as u
 
 log = logging.getLogger("eval")
@@ -832,7 +835,9 @@ def score_all(pairs, rows, run, options, settings):
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgatc, shared=shared)
     share = list(todo)[rank::world]
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(torch.hub.tqdm(total=len(share), desc=run.protocol, disable=options.quiet or rank > 0))
+        bar = stack.enter_context(
+            torch.hub.tqdm(total=len(share), desc=run.protocol, disable=options.quiet or rank > 0)
+        )
         file = stack.enter_context(open(options.csv or os.devnull, "a", newline=""))
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         for stem in share:
@@ -909,6 +914,232 @@ def group_of(stems, pattern):
     return {stem: match[1] for stem, match in found.items()}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Benchmark
+# ---------------------------------------------------------------------------------------------------------------
+
+SIZES = {784: (224, 8), 3025: (224, 4), 12321: (448, 4)}  # N: (size, stride)
+MEGAPIXELS = (1, 3, 12)
+MOST_PLAIN, MOST_GEOMETRIC = 3025, 784  # nodes; beyond, theirs need tens of GiB
+
+
+def plain_attention(h, s, t, adjacency):
+    """Eqs. (2) and (3) in six lines, with every N x N tensor that autograd then keeps; shapes as in MaskedAttention."""
+    e = F.leaky_relu(s[:, :, None] + t[:, None, :], u.SLOPE)
+    e = e.masked_fill(adjacency <= 0, -torch.inf)
+    return e.softmax(dim=2) @ h
+
+
+def float_hash_grid(guide, sigma_spatial=11, sigma_luma=5, sigma_chroma=5):
+    """The vertex of each pixel, the vertices' number and their blur, as the bilateral solver's published Python does it.
+
+    Coordinates (P,5) are hashed to one float each, which np.unique sorts; neighbours are looked up by the shifted
+    hash. Written anew from its description, as the yardstick for bilateral.BilateralGrid. Hashes can collide.
+    """
+    y, x = np.indices(guide.shape[:2])
+    yuv = guide.reshape(-1, 3).astype(np.float32) @ bilateral.RGB_TO_YUV.T + np.float32([0, 128, 128])
+    place = np.column_stack([(y / sigma_spatial).ravel(), (x / sigma_spatial).ravel()])
+    coordinates = np.column_stack([place, yuv / np.float32([sigma_luma, sigma_chroma, sigma_chroma])]).astype(np.int64)
+    hash_vector = 257.0 ** np.arange(5)
+    hashes, first, vertex = np.unique(coordinates @ hash_vector, return_index=True, return_inverse=True)
+    coordinates, vertices = coordinates[first], len(hashes)
+    blur = scipy.sparse.diags(np.full(vertices, 10.0)).tocsr()
+    for axis in range(5):
+        for offset in (-1, 1):
+            shifted = coordinates @ hash_vector + offset * hash_vector[axis]
+            found = np.searchsorted(hashes, shifted).clip(max=vertices - 1)
+            pairs = np.flatnonzero(hashes[found] == shifted)
+            blur = blur + scipy.sparse.csr_matrix((np.ones(len(pairs)), (pairs, found[pairs])), (vertices, vertices))
+    return vertex, vertices, blur
+
+
+def photograph(height, width, seed=0):
+    """Something like a lesion on skin, with uneven light, texture and noise: (H,W,3) uint8."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    texture = ndimage.zoom(random.normal(size=(height // 40 + 1, width // 40 + 1)), 40, order=1)[:height, :width]
+    lesion = 1 / (1 + np.exp(20 * (np.hypot(x + 0.1, y) - 0.45 - 0.05 * texture)))
+    skin = np.array([225, 180, 160]) - 25 * (x**2 + y**2)[..., None]
+    rgb = (
+        skin + lesion[..., None] * [-95, -105, -105] + 6 * texture[..., None] + random.normal(0, 3, (height, width, 3))
+    )
+    return rgb.clip(0, 255).astype(np.uint8)
+
+
+def seconds(function, device, repeats=3):
+    """The least wall-clock time of some calls after a first one: what the machine can do, less what disturbs it."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def peak_memory(device):
+    """GiB at most so far: of the GPU, or of this whole process."""
+    import resource  # which Windows lacks
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on a Mac, else in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def products(n, config, channels, device):
+    """The matrix products of one epoch that no implementation can do without, as a function to time.
+
+    For each layer: X W, alpha @ h, and twice as many for the gradients; for the loss, A @ C and its gradient's.
+    """
+
+    def of(*shape):
+        return torch.rand(*shape, device=device)
+
+    alpha, pairs = of(n, n), []
+    for width in config.widths:
+        for layer in range(config.layers):
+            pairs += [(of(n, channels if layer == 0 else width), of(channels if layer == 0 else width, width))] * 3
+            # As one product for all heads: the same number of operations, and the best that a library can do.
+            pairs += [(alpha, of(n, width))] * 2 + [(of(n, width), of(width, n))]
+    pairs += [(alpha, of(n, config.clusters))] * 2
+
+    def run():
+        for a, b in pairs:
+            a @ b
+
+    return run
+
+
+def bench_graph(n, threads, device_name):
+    """One row of the stages' table, in a process of its own, so that the peak memory is this row's: a dictionary."""
+    torch.set_num_threads(threads)
+    device = u.pick_device(device_name)
+    size, stride = SIZES[n]
+    config, row = u.Config(size=size, stride=stride), {"N": n}
+    backbone = u.load_backbone("builtin")
+    rgb = photograph(size, size)
+    row["features and place, ms"] = 1e3 * seconds(lambda: u.look(rgb, config, backbone, device), device)
+    scene = u.look(rgb, config, backbone, device)
+    row["graph, ms"] = 1e3 * seconds(lambda: u.build_graph(scene.features, config.tau, scene.weights), device)
+    adjacency = u.build_graph(scene.features, config.tau, scene.weights)
+    row["edges, of N x N"] = float((adjacency > 0).float().mean())
+    blockwise = u.MaskedAttention.apply
+    for heads in (1, 4):
+        settings = dataclasses.replace(config, heads=heads)
+        network, optimizer = u.new_network(scene.features.shape[1], settings, device)
+
+        def epoch():
+            u.gradients(network, scene.features, adjacency, settings)
+            optimizer.step()
+
+        name = f"epoch, {heads} head{'s' * (heads > 1)}"
+        ours = seconds(epoch, device)
+        row[f"{name}, ms"] = 1e3 * ours
+        if heads == 4:
+            row["peak memory so far, GiB"] = peak_memory(device)
+        row[f"{name}: x its products alone"] = ours / seconds(
+            products(n, settings, scene.features.shape[1], device), device
+        )
+        if n <= MOST_PLAIN:
+            u.MaskedAttention.apply = plain_attention
+            row[f"{name}: plain autograd, x ours"] = seconds(epoch, device, 1) / ours
+            u.MaskedAttention.apply = blockwise
+        if n <= MOST_GEOMETRIC:
+            row[f"{name}: torch_geometric, x ours"] = geometric(scene.features, adjacency, settings, device, ours)
+    return row
+
+
+def geometric(features, adjacency, config, device, ours):
+    """How many times `ours` seconds an epoch with torch_geometric's GATConv takes; None where it is not installed."""
+    try:
+        from torch_geometric.nn import GATConv
+    except ImportError:
+        return None
+
+    network, _ = u.new_network(features.shape[1], config, device)
+    for series, width in zip(network.series, config.widths):
+        for layer in range(config.layers):
+            into = features.shape[1] if layer == 0 else width
+            series[layer] = GATConv(into, width // config.heads, config.heads, add_self_loops=False, bias=False).to(
+                device
+            )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
+    edges = adjacency.nonzero().T.contiguous()
+
+    def epoch():
+        optimizer.zero_grad()
+        u.modularity_loss(network(features, edges), adjacency, config.resolution, config.balance).backward()
+        optimizer.step()
+
+    return seconds(epoch, device, 1) / ours
+
+
+def bench_refinement(megapixels):
+    """One row of the refinement's table: a dictionary."""
+    height = round(math.sqrt(megapixels * 1e6 * 3 / 4))
+    guide = photograph(height, height * 4 // 3)
+    target = (guide[..., 1] < 130).astype(float)
+    cpu = torch.device("cpu")
+    repeats = 2 if megapixels < 10 else 1
+    grid = seconds(lambda: bilateral.BilateralGrid(guide), cpu, repeats)
+    whole = seconds(lambda: bilateral.solve(target, guide), cpu, repeats)
+    peak = peak_memory(cpu)
+    hashed = seconds(lambda: float_hash_grid(guide), cpu, 1)
+    ours = bilateral.solve(target, guide)
+    # The same solver on the other grid.
+    built = bilateral.BilateralGrid
+
+    class Hashed(built):
+        def __init__(self, guide, *sigmas):
+            self.shape = guide.shape[:2]
+            self.pixel_vertex, self.vertices, self.blur = float_hash_grid(guide, *sigmas)
+            self.mass = np.bincount(self.pixel_vertex, minlength=self.vertices).astype(float)
+
+    bilateral.BilateralGrid = Hashed
+    difference = np.abs(bilateral.solve(target, guide) - ours).max()
+    bilateral.BilateralGrid = built
+    return {"megapixels": megapixels, "grid, s": grid, "grid by float hash, x ours": hashed / grid,
+            "whole refinement, s": whole, "whole with float hash, x ours": 1 + (hashed - grid) / whole,
+            "largest difference between the two": f"{difference:.0e}", "peak memory, GiB": peak}  # fmt: skip
+
+
+def bench(argv):
+    """`python eval.py bench`: print what each stage costs on this machine. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="eval.py bench", description="Time the stages on a drawn image, no files needed."
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--quick", action="store_true", help="only the smallest sizes")
+    options = parser.parse_args(argv)
+    device = u.pick_device(options.device)
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{name}, {threads} threads; Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
+    )
+    spawn = multiprocessing.get_context("spawn")
+    for function, sizes, arguments in [
+        (bench_graph, SIZES, (threads, str(device))),
+        (bench_refinement, MEGAPIXELS, ()),
+    ]:
+        rows = []
+        for size in list(sizes)[: 1 if options.quick else None]:
+            with spawn.Pool(1) as pool:  # a process for each, so that its peak memory is its own
+                rows.append(pool.apply(function, (size, *arguments)))
+        print("\n| " + " | ".join(["", *[cell_text(row.pop(next(iter(row)))) for row in rows]]) + " |")
+        print("|---" + "|--:" * len(rows) + "|")
+        for name in rows[0]:
+            print(f"| {name} | " + " | ".join(cell_text(row.get(name)) for row in rows) + " |")
+    return 0
+
+
+def cell_text(value):
+    """A number with three digits, a text as it is."""
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def write_text(text, path):
     """Write beside, then rename: the file appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
@@ -921,9 +1152,12 @@ def write_text(text, path):
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    options = parse(argv)
+    logging.basicConfig(format=u.LOG_FORMAT)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["bench"]:
+            return bench(argv[1:])
+        options = parse(argv)
         with u.ranks():
             return run_evaluation(options)
     except (ValueError, OSError, RuntimeError) as error:

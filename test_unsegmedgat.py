@@ -101,13 +101,6 @@ def test_graph_is_the_thresholded_cosine():
     torch.testing.assert_close(u.build_graph(f, 0.3), expected)
 
 
-def plain_attention(h, s, t, adjacency):
-    """Eqs. (2) and (3) in six lines, with every N x N tensor that autograd then keeps; shapes as in MaskedAttention."""
-    e = F.leaky_relu(s[:, :, None] + t[:, None, :], 0.2)
-    e = e.masked_fill(adjacency <= 0, -torch.inf)
-    return e.softmax(dim=2) @ h
-
-
 def attention_inputs(n=150, heads=2, width=3, scale=1.0):  # over two row blocks
     torch.manual_seed(1)
     return [scale * torch.randn(*shape, dtype=torch.float64) for shape in [(heads, n, width), (heads, n), (heads, n)]]
@@ -117,7 +110,7 @@ def attention_inputs(n=150, heads=2, width=3, scale=1.0):  # over two row blocks
 def test_blockwise_attention_equals_the_plain_one_forward_and_backward(scale):
     adjacency, upstream = random_graph(150), torch.randn(2, 150, 3, dtype=torch.float64)
     results = []
-    for attention in (plain_attention, u.MaskedAttention.apply):
+    for attention in (evaluator.plain_attention, u.MaskedAttention.apply):
         inputs = [x.requires_grad_() for x in attention_inputs(scale=scale)]
         out = attention(*inputs, adjacency)
         results.append((out, *torch.autograd.grad(out, inputs, upstream)))
@@ -1242,6 +1235,28 @@ def test_predictions_made_elsewhere_get_their_row(dataset, tmp_path, capsys):
 def test_wrong_use_of_the_evaluator(dataset, caplog, flags, says):
     assert evaluator.main([*map(str, dataset), *TINY, *flags]) == 2
     assert says in caplog.messages[-1]
+
+
+def test_the_float_hash_grid_of_the_benchmark_gives_the_same_solution(guide):
+    vertex, vertices, blur = evaluator.float_hash_grid(guide, 3, 20, 20)
+    ours = bilateral.BilateralGrid(guide, 3, 20, 20)
+    pairs = {*zip(vertex.tolist(), ours.pixel_vertex.tolist())}
+    assert len(pairs) == vertices == ours.vertices and blur.nnz == ours.blur.nnz
+    row = evaluator.bench_refinement(0.02)
+    assert row["megapixels"] == 0.02 and float(row["largest difference between the two"]) < 1e-6
+
+
+def test_the_benchmark_prints_both_tables(monkeypatch, capsys):
+    class InThisProcess:
+        Pool = lambda self, processes: contextlib.nullcontext(self)  # noqa: E731
+        apply = staticmethod(lambda function, arguments: function(*arguments))
+
+    monkeypatch.setattr(evaluator.multiprocessing, "get_context", lambda kind: InThisProcess())
+    monkeypatch.setattr(evaluator, "SIZES", {49: (56, 8)})
+    monkeypatch.setattr(evaluator, "MEGAPIXELS", (0.02,))
+    assert evaluator.main(["bench", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert "| epoch, 4 heads: plain autograd, x ours | " in table and "| whole refinement, s | " in table
 
 
 # ---------------------------------------------------------------------------------------------------------------

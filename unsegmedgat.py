@@ -417,7 +417,7 @@ class MaskedAttention(torch.autograd.Function):
     Rows of a softmax are independent, so blocks of rows that stay in cache are computed and dropped, forward and again
     backward: nothing N x N is kept but the graph. And LeakyReLU(e) = max(e, 0.2 e), so exp(LeakyReLU(s_i + t_j)) is
     the larger of two rank-one products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
-    The plain six lines that this equals stand in the tests.
+    The plain six lines that this equals stand in eval.py (`plain_attention`).
     """
 
     @staticmethod
@@ -735,7 +735,12 @@ def field_of_view(image):
     spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
     far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
     fine = F.avg_pool2d(rgb_to_lab(image), PATCH // 2)  # pen strokes are thinner than a cell
-    fine = fine - fine[:, torch.from_numpy(~dark).repeat_interleave(2, 0).repeat_interleave(2, 1)].median(1).values[:, None, None]
+    fine = (
+        fine
+        - fine[:, torch.from_numpy(~dark).repeat_interleave(2, 0).repeat_interleave(2, 1)]
+        .median(1)
+        .values[:, None, None]
+    )
     far |= F.avg_pool2d(fine[1:], 2).norm(dim=0).numpy() > 36
     ink = F.max_pool2d(((fine[1] > 0) & (fine[1] - fine[2] > 25)).float()[None], 2)[0].numpy() > 0
     objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35) | ink)
