@@ -337,6 +337,18 @@ def test_field_of_view_leaves_out_a_dark_frame_and_a_sticker_at_the_border_but_n
     assert u.field_of_view(as_tensor(lesion(160, 224)[0])).all()
 
 
+def test_field_of_view_leaves_out_violet_ink_and_a_large_sticker_but_no_blue_grey_veil_and_no_blood():
+    for colour, seen in [((120, 60, 150), 0), ((90, 90, 110), 1), ((150, 40, 40), 1)]:
+        rgb, _ = lesion(160, 224)
+        rgb[72:88, 88:104] = colour  # 2 x 2 cells
+        valid = u.field_of_view(as_tensor(rgb))
+        assert (valid[9:11, 11:13] == seen).all() and valid[:, 16:].all()
+    rgb, _ = lesion(160, 224)
+    y, x = np.mgrid[:160, :224]
+    rgb[np.hypot(y - 40, x - 240) < 80] = (230, 200, 20)  # so large that the smooth surface gives way to it
+    assert not u.field_of_view(as_tensor(rgb))[1:9, 22:].any()
+
+
 @pytest.mark.parametrize("cy, cx, r", [(0.5, 0.5, 0.2), (0.35, 0.65, 0.14), (0.6, 0.4, 0.27)])
 def test_locate_finds_a_disc(cy, cx, r):
     y, x = np.mgrid[:224, :296]
@@ -390,6 +402,41 @@ def test_model_colours_recovers_the_lesion_from_a_rough_start_and_stays_in_the_b
     box = u.place_in_box((12, 16), (3, 2, 11, 10), 1.0)
     boxed = u.model_colours(image, rough, box, 8)
     assert iou(boxed.numpy() > 0.5, small.numpy() > 0.5) > 0.85
+
+
+def test_moments_ellipse_is_1_on_the_border_of_an_ellipse_and_half_as_much_on_twice_the_size():
+    y, x = np.mgrid[:60, :80].astype(float)
+    rho = np.hypot((y - 30) / 12, (x - 45) / 24)
+    for grow in 1, 2:
+        ours = u.moments_ellipse(torch.from_numpy(rho <= 1).float(), grow).numpy()
+        np.testing.assert_allclose(ours, rho / grow, atol=0.05 * rho.max())
+
+
+def test_separation_is_the_distance_of_edge_and_ring_in_spreads_times_closeness():
+    rgb = np.full((96, 128, 3), (200, 160, 140), np.uint8)
+    rgb[32:64, 48:80] = (120, 80, 70)
+    image, place = as_tensor(rgb), u.Place(torch.ones(12, 16), torch.ones(12, 16))
+    square = torch.zeros(24, 32)
+    square[8:16, 12:20] = 1
+    inside, outside = u.rgb_to_lab(image)[:, 40, 60], u.rgb_to_lab(image)[:, 0, 0]
+    distance = ((inside - outside) * torch.tensor([1, 1.5, 1.5])).norm()  # spread 0, and 1 is added to its square
+    y, x = (np.arange(24) + 0.5) / 12 - 1, (np.arange(32) + 0.5) / 16 - 1
+    closeness = np.exp(-(y[8:16, None] ** 2 + x[12:20] ** 2) / 0.98).mean()
+    assert math.isclose(u.separation(image, square, place), distance * closeness, rel_tol=1e-4)
+    assert u.separation(image, torch.zeros(24, 32), place) == u.separation(image, torch.ones(24, 32), place) == 0
+    assert u.separation(image, square.roll(4, 1), place) < u.separation(image, square, place) / 2
+
+
+def test_outline_leaves_a_small_dark_core_for_the_whole_object():
+    rgb, truth = lesion(160, 208)
+    y, x = np.mgrid[:160, :208]
+    core = np.hypot(y - 80, x - 94) < 24
+    rgb[core] = np.random.default_rng(1).normal((70, 45, 45), 4, (core.sum(), 3))
+    image, fine = as_tensor(rgb), F.avg_pool2d(torch.from_numpy(core)[None].float(), 4)[0]
+    place = u.Place(F.avg_pool2d(fine[None], 2)[0].round(), torch.ones(20, 26))
+    whole = F.avg_pool2d(torch.from_numpy(truth)[None].float(), 4)[0].numpy() > 0.5
+    assert iou(u.model_colours(image, fine, place, 8).numpy() > 0.5, whole) < 0.5
+    assert iou(u.outline(image, fine, place, 8).numpy() > 0.5, whole) > 0.85
 
 
 def test_the_papers_preset_switches_off_what_is_ours():
