@@ -57,9 +57,10 @@ MAX_NODES = 50_000  # larger graphs are refused: A alone would take over 10 GB
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def setting(default, help, source, choices=None):
-    """A field of Config: its default, what it does, and where the default comes from."""
-    return dataclasses.field(default=default, metadata={"help": help, "source": source, "choices": choices})
+def setting(default, help, source, choices=None, least=None, above=None):
+    """A field of Config: its default, what it does, where the default comes from, and what it may be."""
+    limits = {"choices": choices, "least": least, "above": above}
+    return dataclasses.field(default=default, metadata={"help": help, "source": source, **limits})
 
 
 ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
@@ -69,38 +70,51 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 class Config:
     """Every hyper-parameter, with its source. Each is a flag of the same name. Raises ValueError when out of range."""
 
-    size: int = setting(224, "px of the shorter side that the features see; a multiple of 8", "authors' code")
-    stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", (8, 4, 2))
-    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III")
-    heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours: the paper gives no number")
-    widths: tuple[int, ...] = setting((128, 64), "m_r, the width of each parallel series of GATs", "paper, section III")
-    layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III")
-    projection: int = setting(64, "M, the width in which the series are summed, eq. (5)", "paper, section III")
-    clusters: int = setting(2, "K; above 2 the mask is the union of the foreground clusters", "paper: a mask")
-    activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
-    epochs: int = setting(60, "optimiser steps for each image", "paper, section III")
-    collective: int = setting(0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper")
-    lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III")
-    weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
-    prior: float = setting(
-        1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours"
+    size: int = setting(
+        224, "px of the shorter side that the features see; a multiple of 8", "authors' code", least=2 * PATCH
     )
-    colour_steps: int = setting(8, "steps of the colour model that sharpens the foreground; 0 for none", "ours")
-    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006")
-    balance: float = setting(0.0, "b, the weight of the second term of eq. (8), for equal clusters", "ours; paper: 1")
+    stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", (8, 4, 2))
+    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", above=0)
+    heads: int = setting(
+        4, "attention heads, eq. (4); must divide every width", "ours: the paper gives no number", least=1
+    )
+    widths: tuple[int, ...] = setting((128, 64), "m_r, the width of each parallel series of GATs", "paper, section III")
+    layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III", least=1)
+    projection: int = setting(64, "M, the width in which the series are summed, eq. (5)", "paper, section III", least=1)
+    clusters: int = setting(2, "K; above 2 the mask is the union of the foreground clusters", "paper: a mask", least=2)
+    activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
+    epochs: int = setting(60, "optimiser steps for each image", "paper, section III", least=1)
+    collective: int = setting(
+        0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper", least=0
+    )
+    lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III", above=0)
+    weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
+    prior: float = setting(
+        1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours", least=0
+    )
+    colour_steps: int = setting(
+        8, "steps of the colour model that sharpens the foreground; 0 for none", "ours", least=0
+    )
+    resolution: float = setting(
+        1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006", least=0
+    )
+    balance: float = setting(
+        0.0, "b, the weight of the second term of eq. (8), for equal clusters", "ours; paper: 1", least=0
+    )
     seed: int = setting(0, "of the network's first parameters", "ours")
     invert: bool = setting(False, "swap foreground and background", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    sigma_spatial: float = setting(11.0, "px, a cell of the bilateral grid", "authors' code")
-    sigma_luma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
-    sigma_chroma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code")
-    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
-    confidence: float = setting(0.999, "how far the solver trusts the assignment; in [0,1]", "authors' code")
-    components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
+    sigma_spatial: float = setting(11.0, "px, a cell of the bilateral grid", "authors' code", above=0)
+    sigma_luma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code", above=0)
+    sigma_chroma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code", above=0)
+    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
+    confidence: float = setting(0.999, "how far the solver trusts the assignment; in [0,1]", "authors' code", least=0)
+    components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code", least=0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value, limits = getattr(self, field.name), field.metadata
+            choices = limits["choices"]
             kind = type(field.default)
             if kind is tuple:  # lists come from JSON
                 object.__setattr__(self, field.name, value := tuple(value))
@@ -110,29 +124,18 @@ class Config:
                 raise ValueError(f"{field.name} must be a whole number, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+            if limits["least"] is not None and value < limits["least"]:
+                raise ValueError(f"{field.name} must be at least {limits['least']}, got {value!r}")
+            if limits["above"] is not None and value <= limits["above"]:
+                raise ValueError(f"{field.name} must be above {limits['above']}, got {value!r}")
         for name, good, want in [
-            ("size", self.size >= 2 * PATCH and self.size % PATCH == 0, f"a multiple of {PATCH}, at least {2 * PATCH}"),
-            ("tau", 0 < self.tau < 1, "between 0 and 1, both excluded"),
-            ("heads", self.heads >= 1, "at least 1"),
-            ("widths", self.widths and all(w >= 1 and w % max(self.heads, 1) == 0 for w in self.widths),
+            ("size", self.size % PATCH == 0, f"a multiple of {PATCH}"),
+            ("tau", self.tau < 1, "below 1"),
+            ("widths", self.widths and all(w >= 1 and w % self.heads == 0 for w in self.widths),
              f"positive multiples of the number of heads, {self.heads}"),
-            ("layers", self.layers >= 1, "at least 1"),
-            ("projection", self.projection >= 1, "at least 1"),
-            ("clusters", 2 <= self.clusters <= 255, "from 2 to 255"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("collective", 0 <= self.collective < self.epochs, f"from 0 to epochs - 1 = {self.epochs - 1}"),
-            ("lr", self.lr > 0, "above 0"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("prior", self.prior >= 0, "at least 0"),
-            ("colour_steps", self.colour_steps >= 0, "at least 0"),
-            ("resolution", self.resolution >= 0, "at least 0"),
-            ("balance", self.balance >= 0, "at least 0"),
-            ("sigma_spatial", self.sigma_spatial > 0, "above 0"),
-            ("sigma_luma", self.sigma_luma > 0, "above 0"),
-            ("sigma_chroma", self.sigma_chroma > 0, "above 0"),
-            ("smoothness", self.smoothness >= 0, "at least 0"),
-            ("confidence", 0 <= self.confidence <= 1, "from 0 to 1"),
-            ("components", self.components >= 0, "at least 0"),
+            ("clusters", self.clusters <= 255, "at most 255"),
+            ("collective", self.collective < self.epochs, f"below epochs, {self.epochs}"),
+            ("confidence", self.confidence <= 1, "at most 1"),
         ]:  # fmt: skip
             if not good:
                 raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
