@@ -47,8 +47,8 @@ class BilateralGrid:
         column = (np.arange(width) / sigma_spatial).astype(np.int64)
         luma_bins, chroma_bins = int(255 / sigma_luma) + 2, int(256 / sigma_chroma) + 2
         # The size of one step along (row, column, luma, u, v) in the key, the last axis fastest.
-        steps = np.cumprod([1, chroma_bins, chroma_bins, luma_bins, column[-1] + 2], dtype=object)[::-1]
-        if steps[0] * (row[-1] + 2) >= 2**63:
+        steps = np.cumprod([1, chroma_bins, chroma_bins, luma_bins, int(column[-1]) + 2], dtype=object)[::-1]
+        if steps[0] * (int(row[-1]) + 2) >= 2**63:
             raise ValueError("the grid has more cells than a 64-bit key can number: use larger sigmas")
         steps = steps.astype(np.int64)
 

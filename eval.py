@@ -179,8 +179,8 @@ def optimise(convolution, loss, features, adjacency, config):
     convolution: a class, called with the widths in and out and the activation; it gets the normalised A.
     """
     propagation = normalise(adjacency)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         layer = convolution(features.shape[1], config.projection, u.ACTIVATIONS[config.activation]())
         network = Clusterer(layer, config).to(features.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -327,7 +327,7 @@ def files_below(folder):
     """The image files in a folder and the folders below it, in order. Raises ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    found = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in u.SUFFIXES and not p.name.startswith(".")]
+    found = [p for p in sorted(folder.rglob("*")) if u.is_image(p)]
     if not found:
         raise ValueError(f"{folder}: there is no image in this folder")
     return found
@@ -378,7 +378,7 @@ def load_mask(path, shape=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
             values = np.asarray(image).astype(np.float32)
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
-        raise u.ImageError(f"{path}: the mask cannot be read ({str(error).splitlines()[0]})") from None
+        raise u.ImageError(f"{path}: the mask cannot be read ({u.reason(error)})") from None
     values = values.max(2) if values.ndim == 3 else values
     if shape and values.shape != tuple(shape):
         hint = ": was only one of them rotated?" if values.shape == tuple(shape)[::-1] else ""
@@ -414,7 +414,6 @@ PROTOCOLS = {
     "box": "USES GROUND TRUTH: its bounding box is given, as a user would draw it",
     "official": f"USES GROUND TRUTH: cropped to its bounding box + {u.RING} px, and the better of mask and inverse is kept",
 }
-FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # of one image; the others go on
 
 
 @dataclass(frozen=True)
@@ -459,7 +458,7 @@ def predict(rgb, rows, run, box=None):
                 mask = Image.fromarray(u.finish(scene, assignment, config)[0])
                 masks.append(np.asarray(mask.resize(rgb.shape[1::-1], Image.NEAREST)))
             found[row] = masks, time.perf_counter() - start
-        except FAILURES as error:
+        except Exception as error:
             found[row] = error
     return found
 
@@ -467,7 +466,7 @@ def predict(rgb, rows, run, box=None):
 def frame(stem, image, truth_path, run):
     """What a protocol lets be seen of an image: (image (H,W,3), the slices to look at, the box within them or None).
 
-    Raises one of FAILURES where the image, or the box that the protocol needs, cannot be had.
+    Raises an exception where the image, or the box that the protocol needs, cannot be had.
     """
     rgb = u.load_image(image)
     shape = rgb.shape[:2]
@@ -489,7 +488,7 @@ def frame(stem, image, truth_path, run):
 def masks_of(stem, image, truth_path, rows, run):
     """The masks of some rows on one image: ({row: as from `predict`}, the slices that are scored, the image (H,W,3)).
 
-    Raises one of FAILURES where none can be made.
+    Raises an exception where none can be made.
     """
     rgb, scored, box = frame(stem, image, truth_path, run)
     view = rgb[scored]
@@ -500,13 +499,13 @@ def masks_of(stem, image, truth_path, rows, run):
                 raise u.ImageError("there is no prediction of this name")
             mask = load_mask(run.predictions[row][stem], rgb.shape[:2])[scored]
             found[row] = ([mask, ~mask] if run.protocol == "official" else [mask]), 0.0
-        except FAILURES as error:
+        except Exception as error:
             found[row] = error
     to_run = [row for row in rows if row in run.methods]
     if to_run:
         try:
             found |= predict(view, to_run, run, box if run.protocol == "box" else None)
-        except FAILURES as error:
+        except Exception as error:
             found |= dict.fromkeys(to_run, error)
     return found, scored, rgb
 
@@ -516,7 +515,7 @@ def evaluate(stem, image, truth_path, rows, run):
     try:
         found, scored, rgb = masks_of(stem, image, truth_path, rows, run)
         truth = load_mask(truth_path, rgb.shape[:2])  # in `blind`, read only now that every mask is made
-    except FAILURES as error:
+    except Exception as error:
         found = dict.fromkeys(rows, error)
     else:
         if not truth.any():
@@ -525,7 +524,7 @@ def evaluate(stem, image, truth_path, rows, run):
     scores = {}
     for row in rows:
         if isinstance(found[row], Exception):
-            reason = str(found[row]).split("\n")[0] or type(found[row]).__name__
+            reason = u.reason(found[row])
             log.error("%s: %s: %s", image, row, reason)
             scores[row] = WORST | {"seconds": 0.0, "error": reason}
         else:
@@ -660,6 +659,8 @@ def contact_sheet(pairs, scores, row, run, columns=4):
     tiles, font = [], ImageFont.load_default(12)
     for number, stem in enumerate(chosen):
         found, scored, rgb = masks_of(stem, *pairs[stem], [row], run)
+        if isinstance(found[row], Exception):  # it went well before: the file has changed since
+            raise found[row]
         truth = load_mask(pairs[stem][1])[scored]
         mask = max(found[row][0], key=lambda mask: metrics(mask, truth)["iou"])
         picture = Image.fromarray(rgb[scored])
@@ -681,26 +682,11 @@ def contact_sheet(pairs, scores, row, run, columns=4):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def preset(name, clusters):
-    """The settings of a preset: {option: value}.
-
-    official: the authors' published code with its ISIC settings (for ColonDB, --tau 0.5). Not copied are its dropout, its
-    extra edge term in the attention, its division of the graph by the maximum, and its features that are not normalised.
-    paper: section III of the paper, whatever this project's defaults are.
-    """
-    common = u.PRESETS["paper"] | {
-        "size": 224,
-        "projection": 64,
-        "activation": "silu",
-        "weight_decay": 1e-2,
-        "clusters": clusters,
-    }
-    return common | {
-        "official": {"tau": 0.35, "stride": 4, "heads": 1, "widths": (32, 64, 128), "layers": 1, "lr": 1e-4, "epochs": 55,
-                     "resolution": 0.5, "balance": 2 * clusters**-0.25, "squash": True},
-        "paper": {"tau": 0.3, "stride": 8, "heads": 4, "widths": (128, 64), "layers": 2, "lr": 1e-3, "epochs": 60,
-                  "resolution": 1.0, "balance": 1.0},
-    }[name]  # fmt: skip
+# The authors' published code with its ISIC settings (for ColonDB, --tau 0.5; for K clusters, --balance 2 / K^(1/4)).
+# Not copied are its dropout, its extra edge term in the attention, its division of the graph by the maximum, and its
+# features that are not normalised.
+OFFICIAL = u.PRESETS["paper"] | {"tau": 0.35, "stride": 4, "heads": 1, "widths": (32, 64, 128), "layers": 1, "lr": 1e-4,
+                                 "epochs": 55, "resolution": 0.5, "balance": 2 * 2**-0.25, "squash": True}  # fmt: skip
 
 
 def named_folder(text):
@@ -725,7 +711,7 @@ def build_parser():
                         help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
     parser.add_argument("--predictions", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
                         help="also score these masks, made elsewhere; may be given several times")  # fmt: skip
-    parser.add_argument("--preset", choices=["official", "paper"], help="the authors' code's settings, or the paper's; "
+    parser.add_argument("--preset", choices=["official", *u.PRESETS], help="the authors' code's settings, or the paper's; "
                         "other flags still count")  # fmt: skip
     parser.add_argument("--squash", action=argparse.BooleanOptionalAction, default=False,
                         help="resize to a square first, as the authors' code does; part of --preset official")  # fmt: skip
@@ -750,16 +736,6 @@ def build_parser():
     return parser
 
 
-def parse(argv):
-    """The options, where a preset changes the defaults and flags still win."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.preset:
-        parser.set_defaults(**preset(options.preset, options.clusters))
-        options = parser.parse_args(argv)
-    return options
-
-
 def check(options):
     """Raise ValueError for wrong use that can be told before any work."""
     unknown = [name for name in options.methods if name not in METHODS]
@@ -781,6 +757,8 @@ def check(options):
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: there is no such folder, or no permission to write there")
     pixels(options.tolerance, 1)
+    if "unsegmedgatc" in options.methods and options.epochs <= 5 and not options.collective:
+        raise ValueError("unsegmedgatc has 5 shared epochs, so --epochs must be more; or name other --methods")
     u.config_from(options)
 
 
@@ -794,13 +772,13 @@ def shared_parameters(pairs, run, quiet):
                 rgb, seen, box = frame(stem, image, truth_path, run)
                 scene = look(rgb[seen], run, box if run.protocol == "box" else None)
                 scenes.append((scene.features, scene.weights))
-            except FAILURES as error:
+            except Exception as error:
                 log.debug("%s: %s", image, error)  # `evaluate` meets the same failure, and names the image
                 scenes.append(None)
             bar.update(1)
     config = collective(run.config)
     with torch.hub.tqdm(total=config.collective * len(pairs), desc="shared", disable=quiet) as bar:
-        return u.fit_collective(scenes, config, progress=lambda: bar.update(1))
+        return u.fit_collective(scenes, config, run.device, progress=lambda: bar.update(1))
 
 
 def settings_of(run, options):
@@ -830,7 +808,7 @@ def score_all(pairs, rows, run, options, settings):
     scores = read_scores(options.csv, fingerprints) if options.csv else {}
     u.gather(None)  # so no rank reads before the file is ready, or writes before every rank has read
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
-    if any("unsegmedgatc" in missing for missing in todo.values()):
+    if "unsegmedgatc" in rows and (options.sheet or any("unsegmedgatc" in missing for missing in todo.values())):
         shared = shared_parameters(pairs, run, options.quiet)
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgatc, shared=shared)
     share = list(todo)[rank::world]
@@ -877,8 +855,8 @@ def run_evaluation(options):
     scores = score_all(pairs, rows, run, options, settings)
     summary = summarise(scores, list(pairs), rows, groups, run.config.seed)
     code = 1 if any(entry["failed"] for entry in summary.values()) else 0
-    if rank > 0:
-        return code
+    if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
+        return 0
 
     print(f"**{run.protocol}** protocol: {PROTOCOLS[run.protocol]}. n = {len(pairs)} images", end="")
     print(f" in {len(set(groups.values()))} groups." if groups else ".")
@@ -898,10 +876,12 @@ def run_evaluation(options):
         packages = ("torch", "torchvision", "numpy", "scipy", "pillow")
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
         facts = {"images": len(pairs), "preset": options.preset, "limit": options.limit, "settings": settings}
-        write_text(json.dumps(facts | {"versions": versions, "rows": summary}, indent=1), options.json)
+        with u.whole(options.json) as part:
+            part.write_text(json.dumps(facts | {"versions": versions, "rows": summary}, indent=1) + "\n")
     succeeded = any(not scores[stem, rows[0]]["error"] for stem in pairs)
     if options.sheet and succeeded:
-        u.save_png(contact_sheet(pairs, scores, rows[0], run), options.sheet)
+        with u.whole(options.sheet) as part:
+            contact_sheet(pairs, scores, rows[0], run).save(part, format="PNG")
     return code
 
 
@@ -1140,16 +1120,6 @@ def cell_text(value):
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_text(text, path):
-    """Write beside, then rename: the file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def main(argv=None):
     """The command line; returns the exit code."""
     logging.basicConfig(format=u.LOG_FORMAT)
@@ -1157,11 +1127,11 @@ def main(argv=None):
     try:
         if argv[:1] == ["bench"]:
             return bench(argv[1:])
-        options = parse(argv)
+        options = u.parse_options(build_parser(), argv, u.PRESETS | {"official": OFFICIAL})
         with u.ranks():
             return run_evaluation(options)
     except (ValueError, OSError, RuntimeError) as error:
-        log.error("%s", str(error).split("\n")[0])
+        log.error("%s", u.reason(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted; with --csv, --resume goes on from here")

@@ -68,7 +68,8 @@ def photo(tmp_path):
     "wrong",
     [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=100),
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(lr=math.inf), dict(lr=0), dict(widths=()), dict(layers=0),
-     dict(activation="tanh"), dict(confidence=1.1), dict(collective=60), dict(components=-1), dict(sigma_luma=0)],
+     dict(activation="tanh"), dict(confidence=1.1), dict(collective=60), dict(components=-1), dict(sigma_luma=0),
+     dict(seed=-1)],
     ids=str,
 )  # fmt: skip
 def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
@@ -347,6 +348,8 @@ def test_field_of_view_leaves_out_violet_ink_and_a_large_sticker_but_no_blue_gre
     y, x = np.mgrid[:160, :224]
     rgb[np.hypot(y - 40, x - 240) < 80] = (230, 200, 20)  # so large that the smooth surface gives way to it
     assert not u.field_of_view(as_tensor(rgb))[1:9, 22:].any()
+    rgb[:, ::24], rgb[:, 8::24] = (120, 60, 150), (120, 60, 150)  # ink everywhere is no mark
+    assert u.field_of_view(as_tensor(rgb)).any()
 
 
 @pytest.mark.parametrize("cy, cx, r", [(0.5, 0.5, 0.2), (0.35, 0.65, 0.14), (0.6, 0.4, 0.27)])
@@ -680,7 +683,8 @@ def test_bilateral_solves_several_targets_as_each_alone(guide):
     [(dict(target=np.zeros((3, 3))), "same height"), (dict(target=np.full((23, 31), np.nan)), "finite"),
      (dict(confidence=1.5), "confidence"), (dict(confidence=np.nan), "confidence"), (dict(sigma_luma=0), "sigma_luma"),
      (dict(smoothness=-1), "smoothness"), (dict(guide=np.zeros((23, 31), np.uint8)), "guide"),
-     (dict(guide=np.zeros((23, 31, 3))), "guide")],
+     (dict(guide=np.zeros((23, 31, 3))), "guide"), (dict(sigma_spatial=1e-9, sigma_luma=1e-4), "larger sigmas"),
+     (dict(sigma_luma=5e-4, sigma_chroma=5e-4, sigma_spatial=1e-4), "larger sigmas")],
     ids=str,
 )  # fmt: skip
 def test_bilateral_refuses_what_makes_no_sense(guide, change, says):
@@ -804,6 +808,14 @@ def test_more_clusters_give_a_label_map_whose_last_labels_are_the_mask():
     assert result.labels.max() <= 3 and result.assignment.shape == (12, 16, 4)
     assert iou(result.mask, truth) > 0.8
     assert set(np.unique(result.labels[result.mask])).isdisjoint(np.unique(result.labels[~result.mask]))
+
+
+def test_a_label_map_of_many_clusters_is_read_back_as_written(tmp_path, photo):
+    out = tmp_path / "mask.png"
+    assert u.main([str(photo), "-o", str(out), *QUICK, "--clusters", "20", "--labels", "--no-refine"]) == 0
+    result = u.segment(photo, u.Config(size=64, epochs=20, clusters=20, refine=False), backbone="builtin", device="cpu")
+    assert np.array_equal(np.array(Image.open(tmp_path / "mask_labels.png")), result.labels)
+    assert len(Image.open(tmp_path / "mask_labels.png").getpalette()) == 768
 
 
 def test_several_objects_are_kept_on_request():
@@ -1199,6 +1211,8 @@ def test_a_killed_run_resumes_where_it_stopped(dataset, tmp_path, capsys):
     assert csv_file.read_text().startswith("".join(lines[:5])) and len(csv_file.read_text().splitlines()) == len(lines)
     assert evaluator.main(flags) == 2  # without --resume an existing file is not touched
     assert evaluator.main([*flags, "--resume", "--tau", "0.4"]) == 2  # nor mixed with other settings
+    flags[-3:] = ["unsegmedgatc", "--csv", str(tmp_path / "c.csv"), "--sheet", str(tmp_path / "sheet.png")]
+    assert evaluator.main(flags) == evaluator.main([*flags, "--resume"]) == 0
 
 
 def test_two_processes_of_torchrun_print_the_same_table(dataset, tmp_path, capsys):
@@ -1212,6 +1226,10 @@ def test_two_processes_of_torchrun_print_the_same_table(dataset, tmp_path, capsy
         return sorted(line.split(",")[:-2] for line in (tmp_path / name).read_text().splitlines())
 
     assert lines("1.csv") == lines("2.csv")
+    (dataset[0] / "s1_1.jpg").write_text("broken")
+    done = torchrun(HERE / "eval.py", *arguments, "--csv", tmp_path / "3.csv", "--json", tmp_path / "3.json")
+    assert done.returncode == 1 and "| unsegmedgatc | " in done.stdout
+    assert json.loads((tmp_path / "3.json").read_text())["rows"]["unsegmedgat"]["failed"] == ["s1_1"]
 
 
 def test_blind_predictions_are_made_before_the_truth_is_read(dataset, monkeypatch, capsys):
@@ -1275,7 +1293,7 @@ def test_predictions_made_elsewhere_get_their_row(dataset, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, says",
     [(["--methods", "sam"], "there is no sam"), (["--jitter", "3"], "--protocol box"), (["--resume"], "--csv"),
-     (["--tolerance", "much"], "tolerance"), (["--limit", "0"], "--limit"), (["--tau", "2"], "tau"),
+     (["--tolerance", "much"], "tolerance"), (["--limit", "0"], "--limit"), (["--epochs", "5"], "--epochs"), (["--tau", "2"], "tau"),
      (["--group-by", "(x)"], "does not fit")],
     ids=str,
 )  # fmt: skip

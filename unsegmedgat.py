@@ -29,12 +29,14 @@ import threading
 import time
 import urllib.request
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -134,6 +136,7 @@ class Config:
             ("widths", self.widths and all(w >= 1 and w % self.heads == 0 for w in self.widths),
              f"positive multiples of the number of heads, {self.heads}"),
             ("clusters", self.clusters <= 255, "at most 255"),
+            ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
             ("collective", self.collective < self.epochs, f"below epochs, {self.epochs}"),
             ("confidence", self.confidence <= 1, "at most 1"),
         ]:  # fmt: skip
@@ -247,33 +250,18 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (B,T,C)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     def __init__(self, dim, heads, mlp_ratio):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = dim * mlp_ratio
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
     def forward(self, x):  # (B,T,C)
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, dim, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
 
 
 class VisionTransformer(nn.Module):
@@ -283,7 +271,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)  # not needed for keys, but part of the published file
 
@@ -293,10 +281,10 @@ class VisionTransformer(nn.Module):
         images: (B,3,H,W), normalised as for ImageNet, sides multiples of the patch. stride: px between patches.
         Raises ValueError for sides that are no multiples of the patch.
         """
-        patch = self.patch_embed.proj.kernel_size[0]
+        proj = self.patch_embed["proj"]
+        patch = proj.kernel_size[0]
         if images.shape[2] % patch or images.shape[3] % patch:
             raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch, {patch}")
-        proj = self.patch_embed.proj
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
@@ -399,7 +387,8 @@ def load_dino(weights=None, branch="teacher", progress=True):
 def build_graph(features, tau, weights=None):
     """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); entries 0 or in (tau,1], symmetric.
 
-    weights (N,), optional: how much each node matters; A_ij is multiplied by w_i w_j. A node of weight 0 has no edges.
+    weights (N,), optional: how much each node matters; A_ij is then multiplied by w_i w_j, and may be below tau. A node
+    of weight 0 has no edges.
     """
     f = F.normalize(features, dim=1)
     adjacency = F.threshold_(f @ f.T, tau, 0.0)  # eq. (1): f f^T * (f f^T > tau)
@@ -561,8 +550,8 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
 
 def new_network(in_features, config, device):
     """The seeded network and its optimiser."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         network = UnSegMedGAT(in_features, config).to(device)
     return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
@@ -608,41 +597,37 @@ def gather(value):
     return values
 
 
-def fit_collective(images, config=Config(), progress=None):
+def fit_collective(images, config=Config(), device="cpu", progress=None):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
     images: a sequence of features (N,C) with the weights (N,) of their nodes, N may differ; None is passed over. Each
     graph is built anew when its turn comes, so that only one is in memory. progress: called after every step.
     Under torch.distributed each rank gives its share, images[rank::world]. The steps follow one another as if one rank
-    had them all: whose image it is computes the gradients, and the all-reduced sum keeps the parameters the same.
-    Returns the state_dict that `fit` takes as `shared`. Raises ValueError where there is no image.
+    had them all: whose image it is computes the gradients and broadcasts them, so that the parameters stay the same.
+    Returns the state_dict that `fit` takes as `shared`, on the CPU; None where there is no image.
     """
     widths = gather([image and image[0].shape[1] for image in images])  # C of every image of every rank
     found = [width for share in widths for width in share if width]
     if not found:
-        raise ValueError("there is no image to fit the shared parameters to")
+        return None
     rank, world = rank_and_world()
-    device = next((image[0].device for image in images if image), pick_device("auto") if world > 1 else None)
     network, optimizer = new_network(found[0], config, device)
     for _ in range(config.collective):
         for turn in range(sum(map(len, widths))):
             owner, index = turn % world, turn // world
             if not widths[owner][index]:
                 continue
-            network.zero_grad(set_to_none=True)
             if owner == rank:
                 features, weights = images[index]
                 gradients(network, features, build_graph(features, config.tau, weights), config)
             if world > 1:
-                parameters = list(network.parameters())
-                total = torch.cat([(p.grad if owner == rank else torch.zeros_like(p)).flatten() for p in parameters])
-                distributed.all_reduce(total)
-                for parameter, grad in zip(parameters, total.split([p.numel() for p in parameters])):
-                    parameter.grad = grad.view_as(parameter)
+                for parameter in network.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+                    distributed.broadcast(parameter.grad, owner)
             optimizer.step()
             if progress:
                 progress()
-    return network.state_dict()
+    return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -709,6 +694,11 @@ def on_patches(cells, grid):
 CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
 
 
+def halved(cells):
+    """Cells of 8 px (s/8,t/8) as cells of 4 px (s/4,t/4)."""
+    return cells.repeat_interleave(2, 0).repeat_interleave(2, 1)
+
+
 def closeness(h, w):
     """How close to the middle of an image the cells (h,w) are, in (0,1]: people hold what they photograph there."""
     return torch.exp(-(middle(h)[:, None] ** 2 + middle(w) ** 2) / (2 * 0.7**2))
@@ -734,19 +724,17 @@ def field_of_view(image):
 
     dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
     weight = (0.05 + y**2 + x**2).clamp(max=1) * torch.from_numpy(~dark)
-    deviation = F.avg_pool2d(even_light(rgb_to_lab(image), weight), PATCH)  # (3,h,w)
+    lab = rgb_to_lab(image)
+    deviation = F.avg_pool2d(even_light(lab, weight), PATCH)  # (3,h,w)
     spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
     far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
-    fine = F.avg_pool2d(rgb_to_lab(image), PATCH // 2)  # pen strokes are thinner than a cell
-    fine = (
-        fine
-        - fine[:, torch.from_numpy(~dark).repeat_interleave(2, 0).repeat_interleave(2, 1)]
-        .median(1)
-        .values[:, None, None]
-    )
+    fine = F.avg_pool2d(lab, PATCH // 2)  # pen strokes are thinner than a cell
+    fine = fine - fine[:, halved(torch.from_numpy(~dark))].median(1).values[:, None, None]
     far |= F.avg_pool2d(fine[1:], 2).norm(dim=0).numpy() > 36
     ink = F.max_pool2d(((fine[1] > 0) & (fine[1] - fine[2] > 25)).float()[None], 2)[0].numpy() > 0
     objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35) | ink)
+    if (dark | objects).mean() > 0.9:  # not a few marks: this is how the whole image looks
+        objects[:] = False
     return torch.from_numpy(~(dark | objects)).float()
 
 
@@ -922,7 +910,7 @@ def model_colours(image, foreground, place, steps, components=1):
     """
 
     def finer(cells):  # from cells of 8 px to 4 px, (P,)
-        return cells.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+        return halved(cells).flatten()
 
     def as_mask(p):  # (P,) to (s/4,t/4) numpy
         return clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), components)
@@ -965,7 +953,7 @@ def separation(image, foreground, place):
     """
     mask = foreground.numpy() > 0.5
     lab = F.avg_pool2d(rgb_to_lab(image), 4) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
-    valid = (place.weights > 0).repeat_interleave(2, 0).repeat_interleave(2, 1).numpy()
+    valid = halved(place.weights > 0).numpy()
     width = max(2, 0.25 * math.sqrt(mask.sum() / math.pi))
     edge = mask & (ndimage.distance_transform_edt(mask) <= width)
     ring = ~mask & (ndimage.distance_transform_edt(~mask) <= width) & valid
@@ -1007,7 +995,7 @@ def foreground_score(assignment, core):
     """How much commoner each cluster is in the core than in the image as a whole: (K,), above 0 is foreground.
 
     assignment (h,w,K); core (h,w) in [0,1], where the object most likely is. For K = 2 exactly one cluster is
-    foreground. The rule is ours, as the paper states none; no ground truth is involved.
+    foreground, unless the clusters are alike. The rule is ours, as the paper states none; no ground truth is involved.
     """
     share = assignment.mean((0, 1)).clamp(min=1e-6)
     return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
@@ -1037,12 +1025,12 @@ def look(rgb, config, backbone, device="cpu", box=None):
     of 20 px or 30 % are looked at; what lies outside it is background. Raises ValueError for a box not in the image.
     """
     height, width = rgb.shape[:2]
-    x0, y0, x1, y1 = box or (0, 0, width, height)
+    x0, y0, x1, y1 = (0, 0, width, height) if box is None else map(int, box)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"the box {x0},{y0},{x1},{y1} must be x0 < x1, y0 < y1 inside the image, {width} x {height}")
     inside = np.zeros((height, width), bool)
     inside[y0:y1, x0:x1] = True
-    ring_x, ring_y = (max(RING, round(0.3 * side)) if box else 0 for side in (x1 - x0, y1 - y0))
+    ring_x, ring_y = (0 if box is None else max(RING, round(0.3 * side)) for side in (x1 - x0, y1 - y0))
     top, left = max(0, y0 - ring_y), max(0, x0 - ring_x)
     bottom, right = min(height, y1 + ring_y), min(width, x1 + ring_x)
     part = rgb[top:bottom, left:right]
@@ -1050,7 +1038,7 @@ def look(rgb, config, backbone, device="cpu", box=None):
         raise ValueError(f"the box {x0},{y0},{x1},{y1} is too small: with its ring, each side needs {PATCH} px")
     image, grid = resize_image(part, config.size, config.stride)
     cells = tuple(side // PATCH for side in image.shape[1:])
-    if box:
+    if box is not None:
         to_cells = np.tile([cells[1] / (right - left), cells[0] / (bottom - top)], 2)
         place = place_in_box(cells, (np.array([x0, y0, x1, y1]) - [left, top] * 2) * to_cells, config.prior)
     else:
@@ -1160,7 +1148,8 @@ def segment(
     scene = look(rgb, config, backbone, device, box)
     lap("features")
     if np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2:  # grey levels: JPEG can make one or two of nothing
-        log.warning("the image is constant: there is no structure to segment, and the mask is empty")
+        name = image if isinstance(image, (str, Path)) else "the image"
+        log.warning("%s: is constant: there is no structure to segment, and the mask is empty", name)
         nothing = np.zeros(rgb.shape[:2])
         assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(scene.grid, int)]
         outcome, history = (nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment), []
@@ -1310,13 +1299,18 @@ def build_parser():
     return parser
 
 
-def parse_options(parser, argv=None):
+def parse_options(parser, argv=None, presets=PRESETS):
     """The parsed options, where a preset changes the defaults and the flags given still win."""
     options = parser.parse_args(argv)
     if options.preset:
-        parser.set_defaults(**PRESETS[options.preset])
+        parser.set_defaults(**presets[options.preset])
         options = parser.parse_args(argv)
     return options
+
+
+def is_image(path):
+    """Whether a file in a folder looks like one to segment, by its name."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def list_images(inputs):
@@ -1324,7 +1318,7 @@ def list_images(inputs):
     found = []
     for path in inputs:
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+            inside = [p for p in sorted(path.iterdir()) if is_image(p)]
             if not inside:
                 raise ValueError(f"{path}: there is no image in this folder")
             found += inside
@@ -1366,11 +1360,12 @@ def plan_outputs(options):
     return plan
 
 
-def save_png(image, path):
-    """Write beside, then rename: the file appears whole or not at all."""
+@contextlib.contextmanager
+def whole(path):
+    """A path to write to, beside `path`; then what was written is renamed to it: it appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
-        image.save(part, format="PNG")
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -1385,15 +1380,14 @@ def write_outputs(outputs, result, config):
             picture = Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))
         elif kind == "labels":
             picture = Image.fromarray(result.labels)
-            picture.putpalette(PALETTE)  # the pixel is the label; the palette makes it visible
+            # The pixel is the label, the palette makes it visible; a full one, or Pillow saves fewer bits.
+            picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])
         elif kind == "overlay":
             picture = overlay(result.scene.rgb, result.mask)
         else:
             picture = explain(result, config)
-        save_png(picture, path)
-
-
-FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # of one image; the others go on
+        with whole(path) as part:
+            picture.save(part, format="PNG")
 
 
 def reason(error):
@@ -1408,7 +1402,7 @@ def segment_to_files(task):
     try:
         result = segment(image, config, **how)
         write_outputs(outputs, result, config)
-    except FAILURES as error:
+    except Exception as error:  # whatever becomes of one image, the others go on
         return None, reason(error)
     seconds = ", ".join(f"{stage} {t:.2f} s" for stage, t in result.seconds.items())
     said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, {time.perf_counter() - start:.1f} s"
@@ -1423,32 +1417,30 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format=LOG_FORMAT)
 
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # nobody is left to work for
+
+    threading.Thread(target=follow, daemon=True).start()
+
 
 @contextlib.contextmanager
-def worker_map(workers):
-    """A `map` that runs in so many worker processes and keeps the order; in this one for 1.
+def worker_map(workers, images):
+    """A `map` over images that keeps their order: in this process for one, else in so many worker processes.
 
-    Each has one thread: two that share a core with other programs wait for each other, up to 30 times slower, and sums
-    in the same order give the same bytes whatever the number of workers.
+    A worker has one thread: two that share a core with other programs wait for each other, up to 30 times slower. And
+    sums in one order give the same bytes whatever the number of workers.
     """
-    if workers == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield map
-        finally:
-            torch.set_num_threads(threads)
-    else:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads it does not have
-        before = dict(os.environ)
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by torch and NumPy as the workers import them
-        pool = ProcessPoolExecutor(workers, spawn, start_worker)
+    if images == 1:
+        yield map
+        return
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read by torch and NumPy as the workers import them
+        # A fork would inherit the locks of threads that it does not have.
+        pool = ProcessPoolExecutor(min(workers, images), multiprocessing.get_context("spawn"), start_worker)
         try:
             yield pool.map
         finally:
             pool.shutdown(cancel_futures=True)  # after an interrupt too, only what is begun is finished
-            os.environ.clear()
-            os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -1472,35 +1464,37 @@ def run(options):
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"workers must be at least 1, got {options.workers}")
     plan = plan_outputs(options)
-    if options.skip_existing:
-        plan = [(image, outputs) for image, outputs in plan if not all(path.exists() for path in outputs.values())]
     with ranks() as (rank, world):
-        gather(None)  # no rank writes before every rank has looked what exists
+        share = list(enumerate(plan, 1))[rank::world]
+        todo = share
+        if options.skip_existing:
+            todo = [
+                (n, (image, outputs)) for n, (image, outputs) in share if not all(p.exists() for p in outputs.values())
+            ]
+        busy = any(gather(bool(todo)))  # all ranks together: none writes before every one has looked what exists
         device = pick_device(options.device)
         backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
-        share, failures = list(enumerate(plan, 1))[rank::world], []
+        if len(set(gather(backbone.name))) > 1:
+            raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
         shared = None
-        if config.collective:
+        if config.collective and busy:  # over all the images, so that going on after an interruption changes nothing
             scenes = []
             for _, (image, _) in share:
                 try:
                     scene = look(load_image(image), config, backbone, device, options.box)
                     scenes.append((scene.features, scene.weights))
-                except FAILURES:  # of which `segment` will tell
+                except Exception:  # of which `segment` will tell
                     scenes.append(None)
             quiet = options.quiet or rank > 0
             with torch.hub.tqdm(total=config.collective * len(plan), desc="shared", disable=quiet) as bar:
-                if any(any(have) for have in gather([scene is not None for scene in scenes])):
-                    shared = fit_collective(scenes, config, progress=lambda: bar.update(1))
-                    shared = {name: tensor.cpu() for name, tensor in shared.items()}
+                shared = fit_collective(scenes, config, device, progress=lambda: bar.update(1))
 
         most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
-        workers = min(options.workers or most, max(1, len(share)))
         how = {"box": options.box, "device": str(device), "shared": shared, "weights": options.weights,
-               "branch": options.branch, "backbone": backbone if workers == 1 else backbone.name}  # fmt: skip
-        with worker_map(workers) if len(plan) > 1 else contextlib.nullcontext(map) as in_order:
-            tasks = [(image, outputs, config, how) for _, (image, outputs) in share]
-            for (number, (image, outputs)), (said, why) in zip(share, in_order(segment_to_files, tasks)):
+               "branch": options.branch, "backbone": backbone.name if len(plan) > 1 else backbone}  # fmt: skip
+        tasks, failures = [(image, outputs, config, how) for _, (image, outputs) in todo], []
+        with worker_map(options.workers or most, len(plan)) as in_order:
+            for (number, (image, outputs)), (said, why) in zip(todo, in_order(segment_to_files, tasks)):
                 if why:
                     failures.append(image)
                     log.error("%s: %s", image, why)
@@ -1508,7 +1502,9 @@ def run(options):
                     said = ", ".join(said if options.verbose else said[:1])
                     print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
         failures = [image for part in gather(failures) for image in part]
-    if failures and len(plan) > 1 and rank == 0:
+    if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
+        return 0
+    if failures and len(plan) > 1:
         log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
     return 1 if failures else 0
 
