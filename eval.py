@@ -9,7 +9,8 @@
 
 All methods get the same features and the same graph, and the same steps turn their clusters into masks, so a
 difference between two rows is the clustering alone. Ground truth exists in this file only.
-Shapes: B images, N = h * w patches, C features, K clusters; masks are (H,W) bool. Boxes: (x0, y0, x1, y1) px, ends excluded.
+Shapes: B images, N = h * w patches, C features, K clusters; masks are (H,W) bool. Boxes are (x0, y0, x1, y1) px, ends
+excluded.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def dsm(features, adjacency, config):
 
 
 class Convolution(nn.Module):
-    """A X W, Kipf and Welling 2017; with `skip`, A X W + X V, the message passing of Bianchi et al. 2020, section 4.1."""
+    """A X W, Kipf and Welling 2017; with `skip`, A X W + X V, as in Bianchi et al. 2020, section 4.1."""
 
     def __init__(self, in_features, out_features, activation, skip=False):
         super().__init__()
@@ -264,7 +265,7 @@ WORST = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # of an image that failed
 
 
 def contour(mask):
-    """Where the pixels of a mask's border are: (n,2). A border pixel has a 4-neighbour outside the mask or the image."""
+    """Where the border pixels of a mask are: (n,2). They have a 4-neighbour outside the mask or the image."""
     return np.argwhere(mask & ~ndimage.binary_erosion(mask))
 
 
@@ -306,7 +307,7 @@ def pixels(tolerance, diagonal):
 def interval(values, groups=None, seed=0, resamples=2000):
     """The 95 % bootstrap interval of the mean of values (n,): (low, high), percentile method, seeded.
 
-    groups (n,), optional: labels; whole groups are then resampled, since the frames of one sequence are not independent.
+    groups (n,), optional: labels; whole groups are then resampled, as the frames of one sequence are not independent.
     """
     groups = range(len(values)) if groups is None else groups
     _, index = np.unique(groups, return_inverse=True)
@@ -793,7 +794,7 @@ def settings_of(run, options):
 
 
 def fingerprint(row, settings, run, pairs):
-    """A digest of the settings of one row. The collective method's scores depend on all the images, so it has their names."""
+    """A digest of the settings of one row; of the collective method, whose scores depend on all the images, also of them."""
     extra = sorted(pairs) if row == "unsegmedgatc" else sorted(map(str, run.predictions.get(row, {}).values()))
     return hashlib.sha256(json.dumps([settings, extra], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -830,7 +831,7 @@ def score_all(pairs, rows, run, options, settings):
 
 
 def run_evaluation(options):
-    """Score what the options ask for and print the table; returns the exit code. Raises ValueError or OSError for wrong use."""
+    """Score what the options ask for and print the table; returns the exit code. Raises errors for wrong use."""
     check(options)
     u.gather(None)  # no rank writes before every rank has looked what exists
     pairs, alone = pair_files(options.images, options.masks)
