@@ -901,7 +901,7 @@ def group_of(stems, pattern):
 
 SIZES = {784: (224, 8), 3025: (224, 4), 12321: (448, 4)}  # N: (size, stride)
 MEGAPIXELS = (1, 3, 12)
-MOST_PLAIN, MOST_GEOMETRIC = 3025, 784  # nodes; beyond, theirs need tens of GiB
+MOST_PLAIN, MOST_GEOMETRIC = 3025, 784  # nodes; the others are left out of larger graphs, for their time and memory
 
 
 def plain_attention(h, s, t, adjacency):
