@@ -329,6 +329,20 @@ def test_even_light_takes_out_a_quadratic_surface_and_leaves_the_object():
     torch.testing.assert_close(even[1:], torch.zeros(2, 96, 128), rtol=0, atol=0.2)
 
 
+def test_even_light_gently_takes_out_strong_vignetting_but_no_mild_light_and_no_dark_middle():
+    y, x = torch.meshgrid(u.middle(96), u.middle(128), indexing="ij")
+    bowl, none = x * x + y * y, torch.zeros(96, 128)
+
+    def left(lightness):  # the spread that stays, of the spread that was there
+        even = u.even_light(torch.stack([lightness, none, none]), torch.ones(12, 16), gently=True)
+        return even[0].std() / lightness.std()
+
+    assert left(60 - 40 * bowl) < 0.05  # an endoscope's
+    assert left(60 - 40 * bowl + 20 * x - 10 * x * y) < 0.05
+    assert left(60 - 4 * bowl) > 0.95  # a photograph's
+    assert left(60 + 40 * bowl) > 0.95  # a large dark lesion's
+
+
 def test_field_of_view_leaves_out_a_dark_frame_and_a_sticker_at_the_border_but_not_the_lesion():
     rgb, _ = lesion(160, 224)
     rgb[:, :16] = 5  # an endoscope's frame

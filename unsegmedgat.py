@@ -649,11 +649,16 @@ def middle(n):
     return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
 
 
-def even_light(lab, weight):
+UNEVEN = 6  # grey levels, the spread of the light over an image from which on it is taken out rather than left
+
+
+def even_light(lab, weight, gently=False):
     """Take uneven light and vignetting out of a Lab image (3,s,t): its deviations from a smooth surface, (3,s,t).
 
     The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
     so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
+    gently: where nobody knows what is background, a large object may bend the surface. Light falls off to all sides, so
+    it must not be darkest in the middle, and one that varies by less than about 6 grey levels is hardly taken out.
     """
 
     def basis(h, w):
@@ -669,6 +674,13 @@ def even_light(lab, weight):
         deviation = cells - terms @ coefficients
         spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
         robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
+    if gently:
+        xx, xy, yy = coefficients[3:, 0].tolist()  # of the lightness, whose curvature is made negative
+        curvature, axes = torch.linalg.eigh(torch.tensor([[xx, xy / 2], [xy / 2, yy]]))
+        bent = (axes * curvature.clamp(max=0)) @ axes.T
+        coefficients[3:, 0] = torch.stack([bent[0, 0], 2 * bent[0, 1], bent[1, 1]])
+        spread = (terms @ coefficients)[weight > 0, 0].std(correction=0)
+        coefficients = coefficients * (spread**4 / (spread**4 + UNEVEN**4))
     return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
 
 
@@ -752,7 +764,7 @@ def locate(image, width):
     valid = field_of_view(image)
     h, w = valid.shape
     y, x = middle(h)[:, None], middle(w)
-    lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid)
+    lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid, gently=True)
     colours = F.avg_pool2d(lab, PATCH) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
     layers = (torch.cat([colours, torch.ones(1, h, w)]) * valid)[:, None]  # (4,1,h,w): the last counts
     best, place = -1.0, (0, 0, 1)
@@ -800,7 +812,7 @@ def builtin_descriptors(image, stride=PATCH, place=None):
     """
     lab = rgb_to_lab(image)
     cells = tuple(side // PATCH for side in lab.shape[1:])
-    lab = even_light(lab, place.outside() if place else torch.ones(cells))
+    lab = even_light(lab, place.outside() if place else torch.ones(cells), not place or place.box is None)
     padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
     dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
@@ -915,7 +927,7 @@ def model_colours(image, foreground, place, steps, components=1):
     def as_mask(p):  # (P,) to (s/4,t/4) numpy
         return clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), components)
 
-    colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside()), 4)  # (3,s/4,t/4)
+    colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside(), place.box is None), 4)  # (3,s/4,t/4)
     h, w = colours.shape[1:]
     colours = colours.flatten(1).T / 10
     allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
