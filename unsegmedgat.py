@@ -812,7 +812,8 @@ def builtin_descriptors(image, stride=PATCH, place=None):
     """
     lab = rgb_to_lab(image)
     cells = tuple(side // PATCH for side in lab.shape[1:])
-    lab = even_light(lab, place.outside() if place else torch.ones(cells), not place or place.box is None)
+    background = place.outside() if place else torch.ones(cells)
+    lab = even_light(lab, background, gently=not (place and place.box is not None))
     padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
     dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
@@ -927,7 +928,8 @@ def model_colours(image, foreground, place, steps, components=1):
     def as_mask(p):  # (P,) to (s/4,t/4) numpy
         return clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), components)
 
-    colours = F.avg_pool2d(even_light(rgb_to_lab(image), place.outside(), place.box is None), 4)  # (3,s/4,t/4)
+    lab = even_light(rgb_to_lab(image), place.outside(), gently=place.box is None)
+    colours = F.avg_pool2d(lab, 4)  # (3,s/4,t/4)
     h, w = colours.shape[1:]
     colours = colours.flatten(1).T / 10
     allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
