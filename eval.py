@@ -543,13 +543,16 @@ COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 
 
 def prepare_csv(path):
-    """Begin a CSV file with its header, or take off the line that a kill has cut short."""
+    """Begin a CSV file with its header, or take off the line that a kill has cut short. Raises ValueError for another."""
+    header = (",".join(COLUMNS) + "\n").encode()
     with open(path, "a+b") as file:
         file.seek(0)
         content = file.read()
+        if content[: len(header)] != header[: len(content)]:
+            raise ValueError(f"{path}: its columns are not those of this program; write to another file")
         file.truncate(content.rfind(b"\n") + 1)
-        if b"\n" not in content:
-            file.write((",".join(COLUMNS) + "\n").encode())
+        if len(content) < len(header):
+            file.write(header)
 
 
 def read_scores(path, fingerprints):
@@ -559,10 +562,7 @@ def read_scores(path, fingerprints):
     """
     done = {}
     with open(path, newline="") as file:
-        lines = csv.DictReader(file)
-        if tuple(lines.fieldnames) != COLUMNS:
-            raise ValueError(f"{path}: its columns are not those of this program; write to another file")
-        for line in lines:
+        for line in csv.DictReader(file):
             if line["method"] not in fingerprints:
                 continue
             if line["settings"] != fingerprints[line["method"]]:

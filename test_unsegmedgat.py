@@ -1229,6 +1229,16 @@ def test_a_killed_run_resumes_where_it_stopped(dataset, tmp_path, capsys):
     assert evaluator.main(flags) == evaluator.main([*flags, "--resume"]) == 0
 
 
+def test_resume_leaves_another_programs_csv_file_alone_and_mends_a_cut_header(dataset, tmp_path, capsys):
+    foreign, begun = tmp_path / "foreign.csv", tmp_path / "begun.csv"
+    foreign.write_text("name,age\nAda,36")
+    begun.write_text("settings,ima")
+    flags = [*map(str, dataset), *TINY, "--methods", "dsm", "--resume", "--csv"]
+    assert evaluator.main([*flags, str(foreign)]) == 2 and foreign.read_text() == "name,age\nAda,36"
+    assert evaluator.main([*flags, str(begun)]) == 0
+    assert begun.read_text().splitlines()[0] == ",".join(evaluator.COLUMNS)
+
+
 def test_two_processes_of_torchrun_print_the_same_table(dataset, tmp_path, capsys):
     arguments = [*map(str, dataset), *QUICK, "--quiet", "--methods", "unsegmedgat,unsegmedgatc"]
     assert evaluator.main([*arguments, "--csv", str(tmp_path / "1.csv")]) == 0
