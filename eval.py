@@ -307,11 +307,14 @@ def pixels(tolerance, diagonal):
 def interval(values, groups=None, seed=0, resamples=2000):
     """The 95 % bootstrap interval of the mean of values (n,): (low, high), percentile method, seeded.
 
+    None for a single value or group, which says nothing of the spread.
     groups (n,), optional: labels; whole groups are then resampled, as the frames of one sequence are not independent.
     """
     groups = range(len(values)) if groups is None else groups
     _, index = np.unique(groups, return_inverse=True)
     counts, sums = np.bincount(index), np.bincount(index, values)
+    if len(counts) == 1:
+        return None
     draws = np.random.default_rng(seed).integers(len(counts), size=(resamples, len(counts)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
@@ -497,7 +500,7 @@ def masks_of(stem, image, truth_path, rows, run):
     for row in run.predictions.keys() & set(rows):
         try:
             if stem not in run.predictions[row]:
-                raise u.ImageError("there is no prediction of this name")
+                raise u.ImageError(f"there is no prediction named {stem}")
             mask = load_mask(run.predictions[row][stem], rgb.shape[:2])[scored]
             found[row] = ([mask, ~mask] if run.protocol == "official" else [mask]), 0.0
         except Exception as error:
@@ -626,7 +629,8 @@ def markdown(summary, groups, reference=None):
     """The table. In % but for nothing: shares of 1 times 100, and HD95 of the diagonal; 95 % intervals in brackets."""
 
     def cell(value, bounds, sign=""):
-        return f"{value * 100:{sign}.1f} [{bounds[0] * 100:{sign}.1f}, {bounds[1] * 100:{sign}.1f}]"
+        brackets = f" [{bounds[0] * 100:{sign}.1f}, {bounds[1] * 100:{sign}.1f}]" if bounds else ""
+        return f"{value * 100:{sign}.1f}{brackets}"
 
     macro = ["macro mIoU", "macro Dice"] if groups else []
     head = ["method", "mIoU", "Dice", *macro, "precision", "recall", "HD95", "NSD", "mIoU less first row's", "failed"]
@@ -675,7 +679,11 @@ def contact_sheet(pairs, scores, row, run, columns=4):
         text = f"{('best', 'median', 'worst')[number // columns]}: {stem}, IoU {scores[stem, row]['iou'] * 100:.1f}"
         ImageDraw.Draw(tile).text((2, 2), text, "black", font)
         tiles.append(to_tensor(tile))
-    return to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=1.0))
+    grid = to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=1.0))
+    sheet = Image.new("RGB", (grid.width, grid.height + 18), "white")
+    sheet.paste(grid, (0, 18))
+    ImageDraw.Draw(sheet).text((8, 4), f"yellow: true, blue: predicted by {row}", "black", font)
+    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -703,7 +711,7 @@ def build_parser():
         prog="eval.py",
         description="Score UnSegMedGAT, the methods of its paper and free baselines on your images and masks.",
         epilog="Protocols: " + "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
-        + ". Exit code: 0 all done, 1 some image failed, 2 wrong use.",
+        + ". `eval.py bench` times the stages on this machine. Exit code: 0 all done, 1 some image failed, 2 wrong use.",
     )  # fmt: skip
     parser.add_argument("images", type=Path, help="a folder of images")
     parser.add_argument("masks", type=Path, help="a folder of masks with the same names; _mask and the like may follow")

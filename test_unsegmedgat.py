@@ -890,6 +890,10 @@ def test_all_outputs_of_a_folder_with_failures_listed_and_skipped_on_the_second_
     assert u.main([str(folder), "-o", str(out), *QUICK, *extras, "--skip-existing"]) == 1
     changed = {p.name for p in out.iterdir() if before.get(p) != p.stat().st_mtime_ns}
     assert changed == {n for n in names if n.startswith("1")}
+    (folder / "broken.png").unlink()
+    capsys.readouterr()
+    assert u.main([str(folder), "-o", str(out), *QUICK, *extras, "--skip-existing"]) == 0
+    assert capsys.readouterr().out == "2 of 2 images are left alone, as their outputs exist\n"
 
 
 def test_collective_run_and_box_from_the_command_line(tmp_path, capsys):
@@ -1010,6 +1014,7 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog):
      (["{photo}", "-o", "{photo}"], "it is an input"),
      (["{photo}", "{dir}/twin/photo.png", "-o", "{dir}/out"], "both"),
      (["{photo}", "{dir}/twin", "-o", "{photo}"], "a folder is needed"),
+     (["{dir}/twin", "-o", "{dir}/mask.png"], "several images need a folder"),
      (["{dir}/twin", "-o", "{dir}/twin"], "it is an input"),
      (["{photo}", "-o", "{dir}/mask.png", "--tau", "nan"], "tau"),
      (["{photo}", "-o", "{dir}/mask.png", "--tau", "1"], "tau"),
@@ -1025,7 +1030,7 @@ def test_wrong_use_is_refused_before_anything_is_written(tmp_path, photo, caplog
     content = photo.read_bytes()
     assert u.main([a.format(photo=photo, dir=tmp_path) for a in arguments]) == 2
     assert len(caplog.messages) == 1 and says in caplog.messages[0] and "\n" not in caplog.messages[0]
-    assert photo.read_bytes() == content and not list(tmp_path.glob("mask*"))
+    assert photo.read_bytes() == content and {p.name for p in tmp_path.iterdir()} == {photo.name, "twin"}
 
 
 @pytest.mark.parametrize(
@@ -1210,7 +1215,7 @@ def test_one_whole_run_with_every_method_and_output(dataset, tmp_path, capsys, c
     assert "not DINO" in caplog.text and "alone.jpg: has no partner" in caplog.text
     summary = json.loads((tmp_path / "s.json").read_text())
     assert summary["rows"]["unsegmedgat"]["iou"]["mean"] > 0.8 and summary["images"] == 3
-    assert Image.open(tmp_path / "s.png").size == (252, 798)  # best, median, worst: one of three images each
+    assert Image.open(tmp_path / "s.png").size == (252, 816)  # best, median, worst: one of three images each
 
 
 def test_a_killed_run_resumes_where_it_stopped(dataset, tmp_path, capsys):
@@ -1237,6 +1242,13 @@ def test_resume_leaves_another_programs_csv_file_alone_and_mends_a_cut_header(da
     assert evaluator.main([*flags, str(foreign)]) == 2 and foreign.read_text() == "name,age\nAda,36"
     assert evaluator.main([*flags, str(begun)]) == 0
     assert begun.read_text().splitlines()[0] == ",".join(evaluator.COLUMNS)
+
+
+def test_one_value_or_group_has_no_interval():
+    assert evaluator.interval(np.array([0.5])) is None
+    assert evaluator.interval(np.array([0.5, 0.7]), ["a", "a"]) is None
+    low, high = evaluator.interval(np.array([0.5, 0.7]), ["a", "b"])
+    assert low < 0.6 < high
 
 
 def test_two_processes_of_torchrun_print_the_same_table(dataset, tmp_path, capsys):

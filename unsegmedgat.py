@@ -1163,7 +1163,7 @@ def segment(
     lap("features")
     if np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2:  # grey levels: JPEG can make one or two of nothing
         name = image if isinstance(image, (str, Path)) else "the image"
-        log.warning("%s: is constant: there is no structure to segment, and the mask is empty", name)
+        log.warning("%s is constant: there is no structure to segment, and the mask is empty", name)
         nothing = np.zeros(rgb.shape[:2])
         assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(scene.grid, int)]
         outcome, history = (nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment), []
@@ -1354,7 +1354,8 @@ def plan_outputs(options):
         raise ValueError(f"{folder if single else folder.parent}: there is no such folder; create it first")
     if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
         raise ValueError(f"{folder}: no permission to write there")
-    folder.mkdir(exist_ok=True)
+    if not folder.exists() and folder.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{folder}: several images need a folder, and this is the name of an image")
 
     kinds = [kind for kind in ("probability", "labels", "overlay", "explain") if getattr(options, kind)] + ["mask"]
     plan, writer = [], {}
@@ -1371,6 +1372,7 @@ def plan_outputs(options):
             if other is not image:
                 raise ValueError(f"{path}: would be written for both {other} and {image}; rename one or run them apart")
         plan.append((image, outputs))
+    folder.mkdir(exist_ok=True)
     return plan
 
 
@@ -1485,13 +1487,16 @@ def run(options):
             todo = [
                 (n, (image, outputs)) for n, (image, outputs) in share if not all(p.exists() for p in outputs.values())
             ]
-        busy = any(gather(bool(todo)))  # all ranks together: none writes before every one has looked what exists
+            if len(todo) < len(share) and not options.quiet:
+                print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
+        if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
+            return 0
         device = pick_device(options.device)
         backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
         if len(set(gather(backbone.name))) > 1:
             raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
         shared = None
-        if config.collective and busy:  # over all the images, so that going on after an interruption changes nothing
+        if config.collective:  # over all the images, so that going on after an interruption changes nothing
             scenes = []
             for _, (image, _) in share:
                 try:
