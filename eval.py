@@ -1,14 +1,16 @@
 """How well does it work on your images? Every method of the paper's Table I, beside baselines that cost nothing.
 
     python eval.py images/ masks/                               # the headline: no ground truth reaches a method
-    python eval.py images/ masks/ --protocol box                # a rectangle around the object is given
+    python eval.py images/ masks/ --protocol point              # a point in the object is given; or box
+    python eval.py images/ masks/ --plant 1                     # how good would a backbone that knows the object be?
     python eval.py images/ masks/ --protocol official --preset official --reference isic2018      # as Table I was made
     python eval.py images/ masks/ --csv scores.csv --resume     # goes on where an interrupted run stopped
     torchrun --nproc-per-node=8 eval.py images/ masks/          # on many cores, GPUs or machines
     python eval.py bench                                        # how fast it is on your machine; needs no images
 
-All methods get the same features and the same graph, and the same steps turn their clusters into masks, so a
-difference between two rows is the clustering alone. Ground truth exists in this file only.
+All clusterings get the same features and the same graph, and the paper's own steps turn their clusters into masks, so a
+difference between two rows is the clustering alone; the first row is the program as it ships, with its colour steps.
+Ground truth exists in this file only.
 Shapes: B images, N = h * w patches, C features, K clusters; masks are (H,W) bool. Boxes are (x0, y0, x1, y1) px, ends
 excluded.
 """
@@ -61,7 +63,11 @@ def method(name):
     return lambda function: METHODS.setdefault(name, function)
 
 
+SHIPPED = "as-shipped"  # the row that keeps the config's colour steps; the others go without
+
+
 @method("unsegmedgat")
+@method(SHIPPED)
 def unsegmedgat(features, adjacency, config):
     """The paper's method, each image alone: what `unsegmedgat.segment` does."""
     return u.fit(features, adjacency, config)[0]
@@ -175,7 +181,7 @@ class Clusterer(nn.Module):
 
 
 def optimise(convolution, loss, features, adjacency, config):
-    """Minimise loss(assignment, A, normalised A) over a Clusterer, as `unsegmedgat.fit` does: the assignment (N,K).
+    """Minimise loss(assignment, A, normalised A) over a Clusterer, for all epochs: the assignment (N,K).
 
     convolution: a class, called with the widths in and out and the activation; it gets the normalised A.
     """
@@ -184,13 +190,14 @@ def optimise(convolution, loss, features, adjacency, config):
         torch.default_generator.manual_seed(config.seed)
         layer = convolution(features.shape[1], config.projection, u.ACTIVATIONS[config.activation]())
         network = Clusterer(layer, config).to(features.device)
+    x = u.standardise(features)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     for _ in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
-        loss(network(features, propagation), adjacency, propagation).backward()
+        loss(network(x, propagation), adjacency, propagation).backward()
         optimizer.step()
     with torch.no_grad():
-        return network(features, propagation)
+        return network(x, propagation)
 
 
 def mincut_loss(assignment, propagation):
@@ -232,7 +239,8 @@ def modularity(config):
 # ---------------------------------------------------------------------------------------------------------------
 
 CENTRED = 0.25  # semi-axes of the centred ellipse, as a share of the image's sides; one figure for all data
-EVERYTHING = "everything foreground"
+AROUND = 0.15  # radius of the disc around a given point, as a share of the image's shorter side
+EVERYTHING, LOCATED = "everything foreground", "located place"
 
 
 def ellipse(shape, box):
@@ -242,18 +250,54 @@ def ellipse(shape, box):
     return ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 <= 1
 
 
-def free_rows(protocol, shape, box):
-    """{row: mask (H,W)} of the guesses that look at no pixel. box: None in `blind`, else in the pixels of `shape`."""
-    h, w = shape
-    everything = np.ones(shape, bool)
+def free_rows(protocol, shape, hint):
+    """{row: mask (H,W)} of the guesses that look at no pixel. hint: the point or box in the pixels of `shape`, or None."""
+    (h, w), everything = shape, np.ones(shape, bool)
     if protocol == "blind":
         low, high = 0.5 - CENTRED, 0.5 + CENTRED
         return {EVERYTHING: everything, "centred ellipse": ellipse(shape, (low * w, low * h, high * w, high * h))}
-    x0, y0, x1, y1 = box
+    if protocol == "point":
+        x, y, r = hint[0] + 0.5, hint[1] + 0.5, AROUND * min(shape)
+        return {EVERYTHING: everything, "disc at the point": ellipse(shape, (x - r, y - r, x + r, y + r))}
+    x0, y0, x1, y1 = hint
     if protocol == "box":  # nobody who was given a box would mark what lies outside it
         everything[:] = False
         everything[y0:y1, x0:x1] = True
-    return {EVERYTHING: everything, "inscribed ellipse": ellipse(shape, box)}
+    return {EVERYTHING: everything, "inscribed ellipse": ellipse(shape, hint)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Planted features: what a backbone would see that knows the object
+# ---------------------------------------------------------------------------------------------------------------
+
+REGIONS = 4  # of the background
+
+
+def plant(truth, noise, seed):
+    """A Backbone whose features come from the ground truth (H,W) bool, so that pipeline and backbone can be judged apart.
+
+    For a patch that the object covers to the share c in [0,1], in region l of the photograph's own colours and places,
+    f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384), with o = 0.35 e0 + 0.94 e1; e0, e1 and r_1..r_4 are random
+    unit directions in 384 dimensions, the same for all images, and g is standard normal. seed: of g, a list.
+    """
+    directions = np.random.default_rng(0).standard_normal((2 + REGIONS, 384))
+    e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
+
+    def extract(view):
+        y0, x0, y1, x1 = view.window
+        covered = torch.from_numpy(truth[y0:y1, x0:x1]).float()[None, None]
+        covered = F.interpolate(covered, size=view.image.shape[1:], mode="bilinear", antialias=True)
+        c = F.avg_pool2d(covered, u.PATCH, view.stride)[0, 0]  # (h,w)
+        lab = F.avg_pool2d(u.rgb_to_lab(view.image), u.PATCH, view.stride)
+        row, column = torch.meshgrid(*(torch.linspace(0, 20, side) for side in c.shape), indexing="ij")
+        looks = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
+        _, label = scipy.cluster.vq.kmeans2(looks, REGIONS, iter=20, minit="++", seed=0)
+        background = 0.75 * e0 + 0.66 * torch.stack(regions)[label]  # (N,384)
+        g = torch.from_numpy(np.random.default_rng([*seed, *view.window]).standard_normal(background.shape)).float()
+        c = c.reshape(-1, 1)
+        return c * (0.35 * e0 + 0.94 * e1) + (1 - c) * background + noise / math.sqrt(384) * g
+
+    return u.Backbone(f"planted, noise {noise:g}", extract)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -394,16 +438,24 @@ def load_mask(path, shape=None):
 def bounding_box(mask):
     """The box (x0, y0, x1, y1) of a mask, ends excluded. Raises unsegmedgat.ImageError for an empty one."""
     if not mask.any():
-        raise u.ImageError(
-            "the ground truth is empty, so there is no box: use --protocol blind, or leave the image out"
-        )
+        raise u.ImageError("the ground truth is empty, so it has no place: use --protocol blind, or leave the image out")
     (y0, y1), (x0, x1) = ((line.nonzero()[0].min(), line.nonzero()[0].max() + 1) for line in (mask.any(1), mask.any(0)))
     return int(x0), int(y0), int(x1), int(y1)
 
 
-def jittered(box, jitter, shape, seed):
-    """Each side of a box moved by up to `jitter` px, kept inside an image of shape (H,W) and not empty."""
-    moved = np.array(box) + np.random.default_rng(seed).integers(-jitter, jitter + 1, size=4)
+def inner_point(mask):
+    """The pixel (x, y) of a mask nearest its centroid. Raises unsegmedgat.ImageError for an empty one."""
+    bounding_box(mask)
+    inside = np.argwhere(mask)
+    y, x = inside[np.square(inside - inside.mean(0)).sum(1).argmin()]
+    return int(x), int(y)
+
+
+def jittered(hint, jitter, shape, seed):
+    """A point, or each side of a box, moved by up to `jitter` px; kept inside an image of shape (H,W), a box not empty."""
+    moved = np.array(hint) + np.random.default_rng(seed).integers(-jitter, jitter + 1, size=len(hint))
+    if len(hint) == 2:
+        return tuple(moved.clip(0, [shape[1] - 1, shape[0] - 1]).tolist())
     x0, y0 = moved[:2].clip(0, [shape[1] - 1, shape[0] - 1])
     x1, y1 = moved[2:].clip([x0 + 1, y0 + 1], shape[::-1])
     return int(x0), int(y0), int(x1), int(y1)
@@ -415,6 +467,7 @@ def jittered(box, jitter, shape, seed):
 
 PROTOCOLS = {
     "blind": "the whole image; no ground truth reaches a method",
+    "point": "USES GROUND TRUTH: its pixel nearest its centroid is given, as a user would click",
     "box": "USES GROUND TRUTH: its bounding box is given, as a user would draw it",
     "official": f"USES GROUND TRUTH: cropped to its bounding box + {u.RING} px, and the better of mask and inverse is kept",
 }
@@ -430,36 +483,47 @@ class Run:
     protocol: str = "blind"
     squash: bool = False  # resize to a square before anything else, as the authors' code does
     jitter: int = 0  # px
+    plant: float = None  # noise of the planted features
     tolerance: str = "2%"
     methods: dict = dataclasses.field(default_factory=lambda: dict(METHODS))  # {row: function}
     predictions: dict = dataclasses.field(default_factory=dict)  # {row: {stem: mask file}}, made elsewhere
 
 
-def look(rgb, run, box=None):
-    """The scene of an image or crop, squashed if the run says so."""
+def look(rgb, run, backbone, hint=None):
+    """The view, features and node weights of an image or crop, squashed if the run says so. hint: a point or box."""
     if run.squash:
         rgb = np.array(Image.fromarray(rgb).resize((run.config.size, run.config.size), Image.BILINEAR))
-    return u.look(rgb, run.config, run.backbone, run.device, box)
+    given = {run.protocol: hint} if run.protocol in ("point", "box") else {}
+    view, features = u.look(rgb, run.config, backbone, run.device, **given)
+    return view, features, u.node_weights(view, run.config.prior).to(run.device)
 
 
-def predict(rgb, rows, run, box=None):
-    """{row: ([mask (H,W), ...], seconds) or the exception} of the methods named in `rows`. No ground truth comes in.
+def predict(rgb, rows, run, backbone, hint=None):
+    """{row: ([mask (H,W), ...], seconds) or the exception} of the methods named in `rows`. No mask's truth comes in.
 
-    rgb (H,W,3), box (x0, y0, x1, y1) or None. In the official protocol there are two masks, with either polarity.
+    rgb (H,W,3), hint (x, y), (x0, y0, x1, y1) or None. In the official protocol there are two masks, of either polarity.
     """
-    if np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2:  # as in unsegmedgat.segment: nothing to see
+    if u.is_constant(rgb):
         return {row: ([np.zeros(rgb.shape[:2], bool)], 0.0) for row in rows}
-    scene = look(rgb, run, box)
-    adjacency = u.build_graph(scene.features, run.config.tau, scene.weights)
-    found = {}
+    view, features, weights = look(rgb, run, backbone, hint)
+    adjacency = u.build_graph(features, run.config.tau, weights)
+    found, made = {}, {}  # rows of one function share its assignment
     for row in rows:
         start = time.perf_counter()
+        config = run.config if row == SHIPPED else dataclasses.replace(run.config, colour_steps=0)
         try:
-            assignment = run.methods[row](scene.features, adjacency, run.config)
+            if row == LOCATED:
+                core = view.core(view.stride).flatten()
+                assignment = one_hot(core, features, config)
+            else:
+                function = run.methods[row]
+                if function not in made:
+                    made[function] = function(features, adjacency, config)
+                assignment = made[function]
             masks = []
             for flip in (False, True) if run.protocol == "official" else (False,):
-                config = dataclasses.replace(run.config, invert=run.config.invert != flip)
-                mask = Image.fromarray(u.finish(scene, assignment, config)[0])
+                polarity = dataclasses.replace(config, invert=config.invert != flip)
+                mask = Image.fromarray(u.finish(view, assignment, polarity)[0])
                 masks.append(np.asarray(mask.resize(rgb.shape[1::-1], Image.NEAREST)))
             found[row] = masks, time.perf_counter() - start
         except Exception as error:
@@ -468,25 +532,28 @@ def predict(rgb, rows, run, box=None):
 
 
 def frame(stem, image, truth_path, run):
-    """What a protocol lets be seen of an image: (image (H,W,3), the slices to look at, the box within them or None).
+    """What is seen of an image: (image (H,W,3), the slices to look at, the point or box within them or None, Backbone).
 
-    Raises an exception where the image, or the box that the protocol needs, cannot be had.
+    Raises an exception where the image, or what the protocol needs, cannot be had.
     """
     rgb = u.load_image(image)
-    shape = rgb.shape[:2]
-    if run.protocol == "blind":
-        return rgb, np.s_[: shape[0], : shape[1]], None
-    # The one place where something of the ground truth goes into a prediction: its box.
-    box = bounding_box(load_mask(truth_path, shape))
-    if run.protocol == "box":
-        return (
-            rgb,
-            np.s_[: shape[0], : shape[1]],
-            jittered(box, run.jitter, shape, [run.config.seed, zlib.crc32(stem.encode())]),
-        )
-    x0, y0, x1, y1 = box
-    top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
-    return rgb, np.s_[top : y1 + u.RING, left : x1 + u.RING], (x0 - left, y0 - top, x1 - left, y1 - top)
+    shape, seen, hint, backbone = rgb.shape[:2], np.s_[:, :], None, run.backbone
+    if run.protocol == "blind" and run.plant is None:
+        return rgb, seen, hint, backbone
+    # The one place where something of the ground truth goes into a prediction; the table says so.
+    truth, seed = load_mask(truth_path, shape), [run.config.seed, zlib.crc32(stem.encode())]
+    if run.protocol == "official":
+        x0, y0, x1, y1 = bounding_box(truth)
+        top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
+        seen, hint = np.s_[top : y1 + u.RING, left : x1 + u.RING], (x0 - left, y0 - top, x1 - left, y1 - top)
+    elif run.protocol != "blind":
+        hint = inner_point(truth) if run.protocol == "point" else bounding_box(truth)
+        hint = jittered(hint, run.jitter, shape, seed)
+    if run.plant is not None:
+        known = Image.fromarray(truth[seen])
+        known = known.resize((run.config.size, run.config.size), Image.NEAREST) if run.squash else known
+        backbone = plant(np.array(known), run.plant, seed)
+    return rgb, seen, hint, backbone
 
 
 def masks_of(stem, image, truth_path, rows, run):
@@ -494,9 +561,9 @@ def masks_of(stem, image, truth_path, rows, run):
 
     Raises an exception where none can be made.
     """
-    rgb, scored, box = frame(stem, image, truth_path, run)
+    rgb, scored, hint, backbone = frame(stem, image, truth_path, run)
     view = rgb[scored]
-    found = {row: ([mask], 0.0) for row, mask in free_rows(run.protocol, view.shape[:2], box).items() if row in rows}
+    found = {row: ([mask], 0.0) for row, mask in free_rows(run.protocol, view.shape[:2], hint).items() if row in rows}
     for row in run.predictions.keys() & set(rows):
         try:
             if stem not in run.predictions[row]:
@@ -505,12 +572,11 @@ def masks_of(stem, image, truth_path, rows, run):
             found[row] = ([mask, ~mask] if run.protocol == "official" else [mask]), 0.0
         except Exception as error:
             found[row] = error
-    to_run = [row for row in rows if row in run.methods]
-    if to_run:
-        try:
-            found |= predict(view, to_run, run, box if run.protocol == "box" else None)
-        except Exception as error:
-            found |= dict.fromkeys(to_run, error)
+    to_run = [row for row in rows if row in run.methods or row == LOCATED]
+    try:
+        found |= predict(view, to_run, run, backbone, hint)
+    except Exception as error:
+        found |= dict.fromkeys(to_run, error)
     return found, scored, rgb
 
 
@@ -518,7 +584,7 @@ def evaluate(stem, image, truth_path, rows, run):
     """Score some rows on one image: {row: {metric: float, "seconds": float, "error": text, empty if all went well}}."""
     try:
         found, scored, rgb = masks_of(stem, image, truth_path, rows, run)
-        truth = load_mask(truth_path, rgb.shape[:2])  # in `blind`, read only now that every mask is made
+        truth = load_mask(truth_path, rgb.shape[:2])  # blind: read only now that every mask is made
     except Exception as error:
         found = dict.fromkeys(rows, error)
     else:
@@ -725,7 +791,9 @@ def build_parser():
     parser.add_argument("--squash", action=argparse.BooleanOptionalAction, default=False,
                         help="resize to a square first, as the authors' code does; part of --preset official")  # fmt: skip
     parser.add_argument("--jitter", type=int, default=0, metavar="PX",
-                        help="box protocol: move each side of the box by up to PX, seeded")  # fmt: skip
+                        help="move the given point, or each side of the given box, by up to PX, seeded")  # fmt: skip
+    parser.add_argument("--plant", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with "
+                        "noise, in the backbone's place; says what a backbone that knows the object would give")  # fmt: skip
     parser.add_argument("--tolerance", default="2%", help="of the surface Dice: 2%% of the diagonal (default), or 5px")
     parser.add_argument("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the list")
     parser.add_argument("--group-by", type=re.compile, metavar="REGEX", help="its first group in an image's name is the "
@@ -736,10 +804,7 @@ def build_parser():
     parser.add_argument("--resume", action="store_true", help="keep what the --csv file holds and do the rest")
     parser.add_argument("--json", type=Path, help="the table with all intervals, settings and versions")
     parser.add_argument("--sheet", type=Path, help="a .png: the first row's best, median and worst images")
-    parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto", help="as in unsegmedgat.py")
-    parser.add_argument("--weights", type=Path, help="DINO's weights file")
-    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    u.add_backbone_flags(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     u.add_config_flags(parser)
     return parser
@@ -751,8 +816,11 @@ def check(options):
     for wrong, message in [
         (unknown, f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}"),
         (options.jitter < 0, "--jitter must be at least 0"),
-        (options.jitter and options.protocol != "box", "--jitter moves the given box: it needs --protocol box"),
-        (options.squash and options.protocol == "box", "--squash would distort the given box: add --no-squash"),
+        (options.jitter and options.protocol not in ("point", "box"), "--jitter needs --protocol point or box"),
+        (options.plant is not None and not 0 <= options.plant < math.inf, "--plant needs a noise of at least 0"),
+        (options.plant is not None and (options.weights or options.backbone == "dino"),
+         "--plant stands in for the backbone: leave --backbone dino and --weights out"),
+        (options.squash and options.protocol in ("point", "box"), "--squash would distort what is given: add --no-squash"),
         (options.limit is not None and options.limit < 1, "--limit must be at least 1"),
         (options.group_by and options.group_by.groups < 1, "--group-by needs a group in parentheses, as ^(s\\d+)_"),
         (options.resume and not options.csv, "--resume needs the --csv FILE to go on with"),
@@ -778,9 +846,8 @@ def shared_parameters(pairs, run, quiet):
     with torch.hub.tqdm(total=len(share), desc="features", disable=quiet) as bar:
         for stem, (image, truth_path) in share.items():
             try:
-                rgb, seen, box = frame(stem, image, truth_path, run)
-                scene = look(rgb[seen], run, box if run.protocol == "box" else None)
-                scenes.append((scene.features, scene.weights))
+                rgb, seen, hint, backbone = frame(stem, image, truth_path, run)
+                scenes.append(look(rgb[seen], run, backbone, hint)[1:])
             except Exception as error:
                 log.debug("%s: %s", image, error)  # `evaluate` meets the same failure, and names the image
                 scenes.append(None)
@@ -797,7 +864,7 @@ def settings_of(run, options):
         "branch": options.branch,
         "weights": options.weights and options.weights.name,
     }
-    settings = {"protocol": run.protocol, "squash": run.squash, "jitter": run.jitter, "tolerance": run.tolerance}
+    settings = {name: getattr(run, name) for name in ("protocol", "squash", "jitter", "plant", "tolerance")}
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 
 
@@ -852,14 +919,18 @@ def run_evaluation(options):
     groups = group_of(pairs, options.group_by) if options.group_by else None
     rank, _ = u.rank_and_world()
     device = u.pick_device(options.device)
-    backbone = u.load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+    if options.plant is None:
+        backbone = u.load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+    else:  # of each image its own: see `frame`
+        backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
     methods = {name: METHODS[name] for name in options.methods}
     predictions = {name: by_stem(files_below(folder), True) for name, folder in options.predictions}
     run = Run(u.config_from(options), backbone, device, options.protocol, options.squash, options.jitter,
-              options.tolerance, methods, predictions)  # fmt: skip
-    rows = [*methods, *predictions, *free_rows(run.protocol, (1, 1), (0, 0, 1, 1))]
+              options.plant, options.tolerance, methods, predictions)  # fmt: skip
+    hint = (0, 0) if run.protocol == "point" else (0, 0, 1, 1)
+    rows = [*methods, *predictions, LOCATED, *free_rows(run.protocol, (1, 1), hint)]
     settings = settings_of(run, options)
     scores = score_all(pairs, rows, run, options, settings)
     summary = summarise(scores, list(pairs), rows, groups, run.config.seed)
@@ -867,7 +938,9 @@ def run_evaluation(options):
     if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
         return 0
 
-    print(f"**{run.protocol}** protocol: {PROTOCOLS[run.protocol]}. n = {len(pairs)} images", end="")
+    what = PROTOCOLS[run.protocol] if run.plant is None or run.protocol != "blind" else "the whole image"
+    what += "" if run.plant is None else "; USES GROUND TRUTH: the features are made from it"
+    print(f"**{run.protocol}** protocol: {what}. n = {len(pairs)} images", end="")
     print(f" in {len(set(groups.values()))} groups." if groups else ".")
     changed = {f.name: getattr(run.config, f.name) for f in dataclasses.fields(u.Config)}
     changed = {name: value for name, value in changed.items() if value != getattr(u.Config(), name)}
@@ -917,29 +990,6 @@ def plain_attention(h, s, t, adjacency):
     e = F.leaky_relu(s[:, :, None] + t[:, None, :], u.SLOPE)
     e = e.masked_fill(adjacency <= 0, -torch.inf)
     return e.softmax(dim=2) @ h
-
-
-def float_hash_grid(guide, sigma_spatial=11, sigma_luma=5, sigma_chroma=5):
-    """The vertex of each pixel, the vertices' number and their blur, as the bilateral solver's published Python does it.
-
-    Coordinates (P,5) are hashed to one float each, which np.unique sorts; neighbours are looked up by the shifted
-    hash. Written anew from its description, as the yardstick for bilateral.BilateralGrid. Hashes can collide.
-    """
-    y, x = np.indices(guide.shape[:2])
-    yuv = guide.reshape(-1, 3).astype(np.float32) @ bilateral.RGB_TO_YUV.T + np.float32([0, 128, 128])
-    place = np.column_stack([(y / sigma_spatial).ravel(), (x / sigma_spatial).ravel()])
-    coordinates = np.column_stack([place, yuv / np.float32([sigma_luma, sigma_chroma, sigma_chroma])]).astype(np.int64)
-    hash_vector = 257.0 ** np.arange(5)
-    hashes, first, vertex = np.unique(coordinates @ hash_vector, return_index=True, return_inverse=True)
-    coordinates, vertices = coordinates[first], len(hashes)
-    blur = scipy.sparse.diags(np.full(vertices, 10.0)).tocsr()
-    for axis in range(5):
-        for offset in (-1, 1):
-            shifted = coordinates @ hash_vector + offset * hash_vector[axis]
-            found = np.searchsorted(hashes, shifted).clip(max=vertices - 1)
-            pairs = np.flatnonzero(hashes[found] == shifted)
-            blur = blur + scipy.sparse.csr_matrix((np.ones(len(pairs)), (pairs, found[pairs])), (vertices, vertices))
-    return vertex, vertices, blur
 
 
 def photograph(height, width, seed=0):
@@ -1010,17 +1060,18 @@ def bench_graph(n, threads, device_name):
     backbone = u.load_backbone("builtin")
     rgb = photograph(size, size)
     row["features and place, ms"] = 1e3 * seconds(lambda: u.look(rgb, config, backbone, device), device)
-    scene = u.look(rgb, config, backbone, device)
-    row["graph, ms"] = 1e3 * seconds(lambda: u.build_graph(scene.features, config.tau, scene.weights), device)
-    adjacency = u.build_graph(scene.features, config.tau, scene.weights)
+    view, features = u.look(rgb, config, backbone, device)
+    weights = u.node_weights(view, config.prior).to(device)
+    row["graph, ms"] = 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights), device)
+    adjacency, x = u.build_graph(features, config.tau, weights), u.standardise(features)
     row["edges, of N x N"] = float((adjacency > 0).float().mean())
     blockwise = u.MaskedAttention.apply
     for heads in (1, 4):
         settings = dataclasses.replace(config, heads=heads)
-        network, optimizer = u.new_network(scene.features.shape[1], settings, device)
+        network, optimizer = u.new_network(x.shape[1], settings, device)
 
         def epoch():
-            u.gradients(network, scene.features, adjacency, settings)
+            u.gradients(network, x, adjacency, settings)
             optimizer.step()
 
         name = f"epoch, {heads} head{'s' * (heads > 1)}"
@@ -1028,15 +1079,15 @@ def bench_graph(n, threads, device_name):
         row[f"{name}, ms"] = 1e3 * ours
         if heads == 4:
             row["peak memory so far, GiB"] = peak_memory(device)
-        row[f"{name}: x its products alone"] = ours / seconds(
-            products(n, settings, scene.features.shape[1], device), device
-        )
+            row["fit, s"] = seconds(lambda: u.fit(features, adjacency, settings), device, 1)
+            row["its epochs"] = len(u.fit(features, adjacency, settings)[1])
+        row[f"{name}: x its products alone"] = ours / seconds(products(n, settings, x.shape[1], device), device)
         if n <= MOST_PLAIN:
             u.MaskedAttention.apply = plain_attention
             row[f"{name}: plain autograd, x ours"] = seconds(epoch, device, 1) / ours
             u.MaskedAttention.apply = blockwise
         if n <= MOST_GEOMETRIC:
-            row[f"{name}: torch_geometric, x ours"] = geometric(scene.features, adjacency, settings, device, ours)
+            row[f"{name}: torch_geometric, x ours"] = geometric(x, adjacency, settings, device, ours)
     return row
 
 
@@ -1068,30 +1119,11 @@ def geometric(features, adjacency, config, device, ours):
 def bench_refinement(megapixels):
     """One row of the refinement's table: a dictionary."""
     height = round(math.sqrt(megapixels * 1e6 * 3 / 4))
-    guide = photograph(height, height * 4 // 3)
+    guide, cpu = photograph(height, height * 4 // 3), torch.device("cpu")
     target = (guide[..., 1] < 130).astype(float)
-    cpu = torch.device("cpu")
-    repeats = 2 if megapixels < 10 else 1
-    grid = seconds(lambda: bilateral.BilateralGrid(guide), cpu, repeats)
-    whole = seconds(lambda: bilateral.solve(target, guide), cpu, repeats)
-    peak = peak_memory(cpu)
-    hashed = seconds(lambda: float_hash_grid(guide), cpu, 1)
-    ours = bilateral.solve(target, guide)
-    # The same solver on the other grid.
-    built = bilateral.BilateralGrid
-
-    class Hashed(built):
-        def __init__(self, guide, *sigmas):
-            self.shape = guide.shape[:2]
-            self.pixel_vertex, self.vertices, self.blur = float_hash_grid(guide, *sigmas)
-            self.mass = np.bincount(self.pixel_vertex, minlength=self.vertices).astype(float)
-
-    bilateral.BilateralGrid = Hashed
-    difference = np.abs(bilateral.solve(target, guide) - ours).max()
-    bilateral.BilateralGrid = built
-    return {"megapixels": megapixels, "grid, s": grid, "grid by float hash, x ours": hashed / grid,
-            "whole refinement, s": whole, "whole with float hash, x ours": 1 + (hashed - grid) / whole,
-            "largest difference between the two": f"{difference:.0e}", "peak memory, GiB": peak}  # fmt: skip
+    grid = seconds(lambda: bilateral.BilateralGrid(guide), cpu, 1)
+    whole = seconds(lambda: bilateral.solve(target, guide), cpu, 1)
+    return {"megapixels": megapixels, "grid, s": grid, "whole refinement, s": whole, "peak memory, GiB": peak_memory(cpu)}
 
 
 def bench(argv):

@@ -4,13 +4,13 @@ A. Mudit Adityaja, S. J. Shigwan and N. Kumar, "UnSegMedGAT: Unsupervised Medica
 using Graph Attention Networks Clustering". Patches of an image become the nodes of a graph, and a small
 graph attention network is optimised, for that image alone, until its clusters have high modularity.
 
-    python unsegmedgat.py image.png -o mask.png              # one photograph
-    python unsegmedgat.py photos/ -o masks/ --overlay        # a folder, with pictures to look at
-    python unsegmedgat.py image.png -o mask.png --explain    # one picture of every stage
+    python unsegmedgat.py image.png -o mask.png                        # one photograph
+    python unsegmedgat.py image.png -o mask.png --point 210,160        # the object is here
+    python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with pictures to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
-The file reads top to bottom as section II of the paper: features, graph (1), attention (2)-(4), network (5),
-loss (6)-(8), fit; then which clusters are the object, the refinement, and the command line.
+The first half is section II of the paper, in its order: image, features, graph (1), attention (2)-(4), network (5),
+loss (6)-(8), fit. What follows is ours: where to look, the outline, `segment`, pictures and the command line.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
 
@@ -25,10 +25,9 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
-import urllib.request
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +35,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -85,33 +83,39 @@ class Config:
     projection: int = setting(64, "M, the width in which the series are summed, eq. (5)", "paper, section III", least=1)
     clusters: int = setting(2, "K; above 2 the mask is the union of the foreground clusters", "paper: a mask", least=2)
     activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
-    epochs: int = setting(60, "optimiser steps for each image", "paper, section III", least=1)
+    residual: bool = setting(
+        True, "each layer adds the node's own W x to what it gathers", "ours, as Velickovic et al. 2018 skip layers"
+    )
+    epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", least=1)
+    settled: float = setting(
+        0.01, "stop once three steps gain less than this share of the loss; 0: never", "ours; paper: 0", least=0
+    )
     collective: int = setting(
         0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper", least=0
     )
-    lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III", above=0)
+    lr: float = setting(3e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
-    prior: float = setting(
-        1.0, "radii, the width of the nodes' weights around the located object; 0: all alike", "ours", least=0
-    )
-    colour_steps: int = setting(
-        8, "steps of the colour model that sharpens the foreground; 0 for none", "ours", least=0
-    )
     resolution: float = setting(
         1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006", least=0
     )
     balance: float = setting(
         0.0, "b, the weight of the second term of eq. (8), for equal clusters", "ours; paper: 1", least=0
     )
-    seed: int = setting(0, "of the network's first parameters", "ours")
-    invert: bool = setting(False, "swap foreground and background", "ours")
+    window: float = setting(
+        2.5, "radii of the located place from its centre to the sides of the window that is looked at", "ours", least=1
+    )
+    prior: float = setting(
+        1.0, "radii, the width of the nodes' weights around the place; 0: all alike", "ours", least=0
+    )
+    colour_steps: int = setting(8, "steps of the colour model that sharpens the outline; 0 for none", "ours", least=0)
+    trust: float = setting(
+        3.0, "gamma, the log-odds of a sure cluster beside those of the colours in these steps", "ours", least=0
+    )
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    sigma_spatial: float = setting(11.0, "px, a cell of the bilateral grid", "authors' code", above=0)
-    sigma_luma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code", above=0)
-    sigma_chroma: float = setting(5.0, "grey levels, a cell of the bilateral grid", "authors' code", above=0)
     smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
-    confidence: float = setting(0.999, "how far the solver trusts the assignment; in [0,1]", "authors' code", least=0)
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code", least=0)
+    invert: bool = setting(False, "swap foreground and background", "ours")
+    seed: int = setting(0, "of the network's first parameters", "ours")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -138,14 +142,15 @@ class Config:
             ("clusters", self.clusters <= 255, "at most 255"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
             ("collective", self.collective < self.epochs, f"below epochs, {self.epochs}"),
-            ("confidence", self.confidence <= 1, "at most 1"),
         ]:  # fmt: skip
             if not good:
                 raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
 
-# What the paper does, as far as it says, and the authors' code where it does not: without what is ours.
-PRESETS = {"paper": {"prior": 0.0, "balance": 1.0, "colour_steps": 0, "smoothness": 256.0}}
+# What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
+# own figures are of images cropped to the object.
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "balance": 1.0, "prior": 0.0, "colour_steps": 0,
+                     "smoothness": 256.0}}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -314,26 +319,13 @@ def fetch_dino(progress=True):
     path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
     if path.is_file():
         return path
-    # A socket's time-out does not cover a name server that keeps silent, so a thread asks first.
-    answer = []
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(DINO_URL, method="HEAD"), timeout=PATIENCE).close()
-            answer.append(None)
-        except Exception as error:
-            answer.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if not answer or answer[0]:
-        raise OSError(f"no answer from {DINO_URL.split('/')[2]} ({answer[0] if answer else f'after {PATIENCE} s'})")
     path.parent.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
+    socket.setdefaulttimeout(PATIENCE)  # torch.hub sets none
     try:
         torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
+    except OSError as error:
+        raise OSError(f"no answer from {DINO_URL.split('/')[2]} ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
     return path
@@ -351,7 +343,12 @@ def load_dino(weights=None, branch="teacher", progress=True):
     path = Path(weights) if weights else fetch_dino(progress)
     if not path.is_file():
         raise OSError(f"{path}: there is no such weights file")
-    try:  # the full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
+    try:
+        if zipfile.is_zipfile(path):  # what torch.save writes: it has a CRC of each tensor, which torch does not check
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"damaged at {damaged}")
+        # The full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -375,6 +372,9 @@ def load_dino(weights=None, branch="teacher", progress=True):
     wrong += [f"{name} unexpected" for name in found if name not in shapes]
     if wrong:
         raise ValueError(f"{path}: not DINO's ViT-S/8, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite numbers; fetch the file anew")
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
@@ -424,11 +424,10 @@ class MaskedAttention(torch.autograd.Function):
     def exponentials(s, t):
         """Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1: (H,N) each."""
         top = t.amax(1, keepdim=True)
-        # Whoever is over 60 below the top counts as 60 below: e^-60 beside it, and no sum of weights underflows.
-        t = (t - top).clamp(min=-60)
-        s = s + top
+        s, t = s + top, t - top
         shift = F.leaky_relu(s, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
-        return (s - shift).exp(), (SLOPE * s - shift).exp(), t.exp(), (SLOPE * t).exp()
+        # e^-30 of the top is nothing beside it. Less would end in denormal numbers, on which a CPU takes many times longer.
+        return [x.clamp(min=-30).exp() for x in (s - shift, SLOPE * s - shift, t, SLOPE * t)]
 
     @staticmethod
     def weights(factors, block, mask):
@@ -475,13 +474,15 @@ class GraphAttention(nn.Module):
     """One multi-head graph attention layer, heads concatenated, before the activation: eqs. (2) to (4).
 
     The paper's vector a of eq. (2) is [a_src || a_dst]: a_src scores the node that attends, a_dst its neighbour.
+    residual: add the node's own W x, ours. The softmax knows of an edge only whether it is there, so where nearly all
+    are, all nodes gather the same, and nothing would be left that tells them apart.
     """
 
-    def __init__(self, in_features, out_features, heads):
+    def __init__(self, in_features, out_features, heads, residual=True):
         super().__init__()
         if out_features % heads:
             raise ValueError(f"{heads} heads do not divide the width {out_features}")
-        self.heads = heads
+        self.heads, self.residual = heads, residual
         self.W = nn.Linear(in_features, out_features, bias=False)
         self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
         self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
@@ -493,7 +494,10 @@ class GraphAttention(nn.Module):
         h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
         s = torch.einsum("hnd,hd->hn", h, self.a_src)
         t = torch.einsum("hnd,hd->hn", h, self.a_dst)
-        return MaskedAttention.apply(h, s, t, adjacency.to(h)).transpose(0, 1).flatten(1)  # eq. (4): (N,out)
+        gathered = MaskedAttention.apply(h, s, t, adjacency.to(h))  # the sum of eq. (3): (H,N,out/H)
+        if self.residual:
+            gathered = gathered + h
+        return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,7 +513,7 @@ class UnSegMedGAT(nn.Module):
         self.activation = ACTIVATIONS[config.activation]()
         self.series = nn.ModuleList(
             nn.ModuleList(
-                GraphAttention(in_features if layer == 0 else width, width, config.heads)
+                GraphAttention(in_features if layer == 0 else width, width, config.heads, config.residual)
                 for layer in range(config.layers)
             )
             for width in config.widths
@@ -548,6 +552,22 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     return -(within - resolution * expected) + balance * collapse
 
 
+LENGTH = 4  # of the rows of X, root mean square
+
+
+def standardise(features):
+    """The node features X (N,C) from f (N,C): less their mean, which tells no nodes apart, with rows of length about 4.
+
+    The paper leaves the scale open. A common part longer than the differences, as DINO's keys have one, saturates the
+    softmax of eq. (5) within a few steps; of X in this form the fits of all graphs settle in 10 to 20.
+    """
+    x = features - features.mean(0)
+    return x * (LENGTH / x.square().sum(1).mean().sqrt().clamp(min=1e-12))
+
+
+SOONEST = 10  # epochs before a fit may stop: the first ones may gain little
+
+
 def new_network(in_features, config, device):
     """The seeded network and its optimiser."""
     with torch.random.fork_rng(devices=[]):
@@ -557,7 +577,7 @@ def new_network(in_features, config, device):
 
 
 def gradients(network, features, adjacency, config):
-    """Leave the loss's gradients in the network's parameters; returns the loss, a scalar tensor."""
+    """Leave the loss's gradients for X (N,C) in the network's parameters; returns the loss, a scalar tensor."""
     loss = modularity_loss(network(features, adjacency), adjacency, config.resolution, config.balance)
     network.zero_grad(set_to_none=True)
     loss.backward()
@@ -565,22 +585,25 @@ def gradients(network, features, adjacency, config):
 
 
 def fit(features, adjacency, config=Config(), shared=None):
-    """Optimise the network for one image alone: the assignment (N,K) and the loss at every epoch.
+    """Optimise the network for one image alone: the assignment (N,K) and the loss at every epoch that was needed.
 
-    features (N,C) normalised, adjacency (N,N). shared: parameters from `fit_collective` to start from; the
+    features f (N,C), adjacency (N,N). shared: parameters from `fit_collective` to start from; the
     config.collective passes they have had are then taken off the epochs.
     """
-    network, optimizer = new_network(features.shape[1], config, features.device)
+    x = standardise(features)
+    network, optimizer = new_network(x.shape[1], config, x.device)
     epochs = config.epochs
     if shared is not None:
         network.load_state_dict(shared)
         epochs -= config.collective
     losses = []
     for _ in range(epochs):
-        losses.append(gradients(network, features, adjacency, config))
+        losses.append(gradients(network, x, adjacency, config).item())
         optimizer.step()
+        if len(losses) >= SOONEST and losses[-4] - losses[-1] < config.settled * abs(losses[-1]):
+            break
     with torch.no_grad():
-        return network(features, adjacency), torch.stack(losses).tolist()
+        return network(x, adjacency), losses
 
 
 def rank_and_world():
@@ -619,7 +642,7 @@ def fit_collective(images, config=Config(), device="cpu", progress=None):
                 continue
             if owner == rank:
                 features, weights = images[index]
-                gradients(network, features, build_graph(features, config.tau, weights), config)
+                gradients(network, standardise(features), build_graph(features, config.tau, weights), config)
             if world > 1:
                 for parameter in network.parameters():
                     parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
@@ -631,7 +654,7 @@ def fit_collective(images, config=Config(), device="cpu", progress=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ours, not the paper's: where the object is, roughly
+# Ours, not the paper's: a window of the photograph, in even light
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -649,6 +672,11 @@ def middle(n):
     return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
 
 
+def border_weight(h, w):
+    """How far the cells (h,w) of an image are from its middle, squared, in [0.05,1]: background is likelier there."""
+    return (0.05 + middle(h)[:, None] ** 2 + middle(w) ** 2).clamp(max=1)
+
+
 UNEVEN = 6  # grey levels, the spread of the light over an image from which on it is taken out rather than left
 
 
@@ -663,11 +691,11 @@ def even_light(lab, weight, gently=False):
 
     def basis(h, w):
         y, x = torch.meshgrid(middle(h), middle(w), indexing="ij")
-        return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1).to(lab)  # (h,w,6)
+        return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1)  # (h,w,6)
 
     cells = F.avg_pool2d(lab, PATCH).flatten(1).T  # (cells,3)
-    terms, weight = basis(*weight.shape).flatten(0, 1), weight.flatten().to(lab)
-    robust, ridge = weight, 1e-3 * torch.eye(6).to(lab)
+    terms, weight = basis(*weight.shape).flatten(0, 1), weight.flatten()
+    robust, ridge = weight, 1e-3 * torch.eye(6)
     for _ in range(8):
         weighted = terms.T * robust
         coefficients = torch.linalg.solve(weighted @ terms + robust.mean() * ridge, weighted @ cells)  # (6,3)
@@ -684,38 +712,6 @@ def even_light(lab, weight, gently=False):
     return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the object roughly is, on the 8 px cells (s/8,t/8) of a resized image; floats in [0,1]."""
-
-    core: torch.Tensor  # 1 in a disc or ellipse that is mostly object
-    weights: torch.Tensor  # how much a cell matters: fades away from the core, 0 outside the field of view
-    box: torch.Tensor = None  # 1 inside the user's box, if there is one
-
-    def outside(self):
-        """The cells that are background, as far as the place tells; for `even_light`."""
-        grown = F.max_pool2d(self.core[None], 3, 1, 1)[0]
-        return (1 - (grown if self.box is None else self.box)) * (self.weights > 0) + 1e-3
-
-
-def on_patches(cells, grid):
-    """A map of 8 px cells (s/8,t/8) read at the centres of the overlapping or not overlapping patches: grid (h,w)."""
-    return F.interpolate(cells[None, None], size=tuple(grid), mode="bilinear", align_corners=True)[0, 0]
-
-
-CHROMA, TEXTURE = 1.5, 0.25  # weights of the descriptors beside lightness
-
-
-def halved(cells):
-    """Cells of 8 px (s/8,t/8) as cells of 4 px (s/4,t/4)."""
-    return cells.repeat_interleave(2, 0).repeat_interleave(2, 1)
-
-
-def closeness(h, w):
-    """How close to the middle of an image the cells (h,w) are, in (0,1]: people hold what they photograph there."""
-    return torch.exp(-(middle(h)[:, None] ** 2 + middle(w) ** 2) / (2 * 0.7**2))
-
-
 def field_of_view(image):
     """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
 
@@ -725,23 +721,21 @@ def field_of_view(image):
     """
     bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
     h, w = bright.shape
-    y, x = middle(h)[:, None], middle(w)
-    radius = torch.maximum(y.abs(), x.abs()).numpy()
+    radius = torch.maximum(middle(h)[:, None].abs(), middle(w).abs()).numpy()
 
     def touching(cells, depth, most):  # the pieces that touch the border, near it and not too large
-        pieces, count = ndimage.label(cells)
+        pieces, _ = ndimage.label(cells)
         border = set(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])) - {0}
-        chosen = [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most]
-        return np.isin(pieces, chosen)
+        return np.isin(pieces, [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most])
 
     dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
-    weight = (0.05 + y**2 + x**2).clamp(max=1) * torch.from_numpy(~dark)
+    weight = border_weight(h, w) * torch.from_numpy(~dark)
     lab = rgb_to_lab(image)
     deviation = F.avg_pool2d(even_light(lab, weight), PATCH)  # (3,h,w)
     spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
     far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
     fine = F.avg_pool2d(lab, PATCH // 2)  # pen strokes are thinner than a cell
-    fine = fine - fine[:, halved(torch.from_numpy(~dark))].median(1).values[:, None, None]
+    fine = fine - fine[:, np.kron(~dark, np.ones((2, 2), bool))].median(1).values[:, None, None]
     far |= F.avg_pool2d(fine[1:], 2).norm(dim=0).numpy() > 36
     ink = F.max_pool2d(((fine[1] > 0) & (fine[1] - fine[2] > 25)).float()[None], 2)[0].numpy() > 0
     objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35) | ink)
@@ -750,95 +744,83 @@ def field_of_view(image):
     return torch.from_numpy(~(dark | objects)).float()
 
 
-def fade(rho, width):
-    """A Gaussian of rho, `width` wide; 1 everywhere for width 0."""
-    return torch.exp(-(rho**2) / (2 * width**2)) if width else torch.ones_like(rho)
+@dataclass(frozen=True)
+class View:
+    """A window of a photograph, resized to patches: all that a backbone sees. s, t: the sides of the resized window."""
 
+    rgb: np.ndarray  # (H,W,3) uint8, the whole photograph
+    window: tuple  # (y0, x0, y1, x1) px, ends excluded, what is looked at
+    image: torch.Tensor  # (3,s,t) in [0,1], the window resized
+    grid: tuple  # (h,w) patches
+    stride: int  # px between patches
+    valid: torch.Tensor  # (rows,columns) of the whole photograph, 0 where no object can be: see `field_of_view`
+    place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
+    box: bool = False  # whether the user has drawn the place as a box
 
-def locate(image, width):
-    """The Place of the object in an image (3,s,t) in [0,1]: the disc that differs most from the ring around it.
+    def centres(self, stride, patch):
+        """Centres of the patches of `patch` px every `stride` px of the resized window: (h,1) and (1,w), in px of rgb."""
+        y0, x0, y1, x1 = self.window
+        s, t = self.image.shape[1:]
+        rows = torch.arange((s - patch) // stride + 1) * stride + patch / 2
+        columns = torch.arange((t - patch) // stride + 1) * stride + patch / 2
+        return rows[:, None] * ((y1 - y0) / s) + y0, columns[None] * ((x1 - x0) / t) + x0
 
-    Centre-surround contrast (Itti, Koch and Niebur 1998) of colours under even light, favouring the middle of the
-    image, says roughly where the object is and how large. width: radii, of the Gaussian of the weights; 0 for none.
-    """
-    valid = field_of_view(image)
-    h, w = valid.shape
-    y, x = middle(h)[:, None], middle(w)
-    lab = even_light(rgb_to_lab(image), (0.05 + y**2 + x**2).clamp(max=1) * valid, gently=True)
-    colours = F.avg_pool2d(lab, PATCH) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
-    layers = (torch.cat([colours, torch.ones(1, h, w)]) * valid)[:, None]  # (4,1,h,w): the last counts
-    best, place = -1.0, (0, 0, 1)
-    for radius in min(h, w) * np.array([0.07, 0.11, 0.14, 0.2, 0.27, 0.36]):
-        reach = int(1.6 * radius + 0.7)
-        steps = torch.arange(-reach, reach + 1.0)
-        distance = torch.hypot(steps, steps[:, None])
-        disc = (distance <= radius).float()
-        ring = (distance <= 1.6 * radius + 0.7).float() - disc
-        sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (4,2,h,w)
-        means, shares = sums[:3] / sums[3].clamp(min=1), sums[3] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
-        contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
-        score = contrast * closeness(h, w) * valid * radius**0.25
-        if score.max() > best:
-            best, place = score.max(), (*divmod(int(score.argmax()), w), radius)
-    row, column, radius = place
-    rho = torch.hypot(torch.arange(float(h))[:, None] - row, torch.arange(float(w)) - column) / radius
-    return Place((rho <= 1).float() * valid, fade(rho, width) * valid)
+    def allowed(self, stride, patch=PATCH):
+        """Where object may be: (h,w), 0 or 1. The inside of the user's box, or the field of view."""
+        y, x = self.centres(stride, patch)
+        if self.box:
+            cy, cx, ry, rx = self.place
+            return torch.maximum((y - cy).abs() / ry, (x - cx).abs() / rx).le(1).float()
+        rows = (y[:, 0] * (self.valid.shape[0] / self.rgb.shape[0])).long()
+        return self.valid[rows][:, (x[0] * (self.valid.shape[1] / self.rgb.shape[1])).long()]
 
+    def rho(self, stride, patch=PATCH):
+        """Distances from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
+        y, x = self.centres(stride, patch)
+        cy, cx, ry, rx = self.place
+        return torch.hypot((y - cy) / ry, (x - cx) / rx)
 
-def place_in_box(shape, box, width):
-    """The Place for a user's box: the ellipse inscribed in it. shape (s/8,t/8); box (x0,y0,x1,y1) in cells."""
-    x0, y0, x1, y1 = box
-    y, x = torch.arange(shape[0])[:, None] + 0.5, torch.arange(shape[1]) + 0.5
-    # A box smaller than a cell still has one in it: no semi-axis is below 3/4 of a cell.
-    v, u = (y - (y0 + y1) / 2) / max((y1 - y0) / 2, 0.75), (x - (x0 + x1) / 2) / max((x1 - x0) / 2, 0.75)
-    rho = torch.hypot(v, u)
-    inside = (torch.maximum(v.abs(), u.abs()) <= 1).float()
-    return Place((rho <= 1).float(), fade(rho, width), inside)
+    def core(self, stride, patch=PATCH):
+        """The patches (h,w), 0 or 1, that are mostly object: those in the ellipse of the place, at least one."""
+        rho = self.rho(stride, patch)
+        return (rho <= rho.min().clamp(min=1)).float()
+
+    @functools.cached_property
+    def lab(self):
+        """The window's Lab colours under even light, (3,s,t): deviations from the background's smooth surface."""
+        h, w = (side // PATCH for side in self.image.shape[1:])
+        if self.place is None:
+            weight = border_weight(h, w) * self.valid
+        else:
+            inside = self.allowed(PATCH) if self.box else F.max_pool2d(self.core(PATCH)[None], 3, 1, 1)[0]
+            weight = (1 - inside) * (1 if self.box else self.allowed(PATCH)) + 1e-3
+        return even_light(rgb_to_lab(self.image), weight, gently=not self.box)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ours: features without learned weights
+# Ours: features without learned weights, and the choice of a backbone
 # ---------------------------------------------------------------------------------------------------------------
 
+CHROMA, FLAT = 1.5, 20  # beside lightness; and grey levels, the length of a constant feature
 
-def builtin_descriptors(image, stride=PATCH, place=None):
-    """Colour, local contrast and oriented gradient energy around each patch; no learned weights.
 
-    image: (3,s,t) in [0,1]. place: see `locate`. Returns (N,C) row-major over the patch grid, less a middle value: the
-    cosine of two rows is positive where they deviate from it alike, as eq. (1) needs. The middle is half-way between
-    core and surround, or the image's mean where there is no place. The channels keep their natural scale (grey levels
-    of Lab), as dividing each by its spread would blow up the noise of those that say nothing; the last is constant,
-    the median length of the others, so that patches near the middle value are alike whatever their direction.
+def builtin_descriptors(view):
+    """The evenly lit Lab colour of each patch of a View, (N,4) row-major; no learned weights.
+
+    Where uneven light was taken out these are deviations from the background. The constant fourth feature keeps patches
+    of the background's colour alike whatever the noise in them, and lets large deviations saturate: the cosine of
+    eq. (1) sees angles, here of the colours beside 20 grey levels.
     """
-    lab = rgb_to_lab(image)
-    cells = tuple(side // PATCH for side in lab.shape[1:])
-    background = place.outside() if place else torch.ones(cells)
-    lab = even_light(lab, background, gently=not (place and place.box is not None))
-    padded = F.pad(lab[None, :1], (1, 1, 1, 1), mode="replicate")
-    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
-    dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    angles = [0, math.pi / 4, math.pi / 2, 3 * math.pi / 4]
-    energy = torch.cat([(math.cos(a) * dx + math.sin(a) * dy) ** 2 for a in angles], dim=1)  # (1,4,s,t)
-    maps = torch.cat([lab, lab[:1] ** 2, energy[0]])  # (8,s,t)
-    mean = F.avg_pool2d(maps, PATCH, stride)  # (8,h,w)
-    contrast = (mean[3:4] - mean[:1] ** 2).clamp(min=0).sqrt()
-    descriptors = torch.cat([mean[:1], CHROMA * mean[1:3], TEXTURE * contrast, TEXTURE * mean[4:].sqrt()])
-    x = descriptors.flatten(1).T  # (N,8)
-    middle_value = x.mean(0)
-    if place:
-        core, weights = (on_patches(m, descriptors.shape[1:]).flatten().to(x) for m in (place.core, place.weights))
-        inside, around = core * weights, (1 - core) * weights
-        middle_value = (inside @ x / inside.sum() + around @ x / around.sum()) / 2
-    x = x - middle_value
-    return torch.cat([x, x.norm(dim=1).median().expand(len(x), 1)], dim=1)
+    colours = F.avg_pool2d(view.lab, PATCH, view.stride).flatten(1).T  # (N,3)
+    return torch.cat([colours * torch.tensor([1, CHROMA, CHROMA]), torch.full((len(colours), 1), float(FLAT))], dim=1)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What turns an image into patch features."""
+    """What turns a window of a photograph into patch features."""
 
-    name: str  # "dino" or "builtin"
-    extract: Callable  # image (3,s,t) in [0,1], stride, place or None -> (N,C)
+    name: str  # "dino" or "builtin", or whatever it is that you hand to `segment`
+    extract: Callable  # View -> (N,C), row-major over its grid; they need not be normalised
 
 
 @functools.lru_cache(maxsize=1)
@@ -859,21 +841,123 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
         if backbone == "dino" or weights:
             raise
         log.warning(
-            "DINO's weights could not be had: %s. Using the built-in descriptors of colour and texture instead; "
+            "DINO's weights could not be had: %s. Using the built-in colour descriptors instead; "
             "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
         )  # fmt: skip
         return Backbone("builtin", builtin_descriptors)
 
-    def extract(image, stride, place=None):
-        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
+    def extract(view):
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
         with torch.no_grad():
-            return model.keys(((image - mean) / std)[None], stride)[0]
+            return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
 
     return Backbone("dino", extract)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ours: what the object looks like
+# Ours: where the object is, roughly
+# ---------------------------------------------------------------------------------------------------------------
+
+RADII = np.geomspace(0.07, 0.5, 9)  # of the discs that are tried, of the shorter side
+SIZE_FIRST, SIZE_NEXT = 0.6, 0.5  # powers of the radius in the scores: larger discs are preferred
+NEAR = 0.4  # radii, how far the point may be from the middle of its disc
+
+
+def principal(features, components):
+    """Features (N,C), centred, on their first principal components: (N,components), or (N,C) where C is less."""
+    centred = features - features.mean(0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
+    return centred @ axes.flip(1)[:, :components]
+
+
+def locate(features, valid, point=None):
+    """The disc (row, column, radius), in cells, whose features stand out: centre-surround contrast.
+
+    features (h,w,C) normalised, valid (h,w) 0 or 1. Two steps: the most salient point, the centre of the disc that
+    differs most from the ring around it and from the image's border alike (Itti, Koch and Niebur 1998; Achanta et al.
+    2009); then the size of the object there, that of the disc near the point which differs most from its ring alone.
+    point (row, column): the user's, in place of the first step.
+    """
+    h, w = valid.shape
+    maps = principal(features.flatten(0, 1), 12).T.unflatten(1, (h, w))  # contrasts are lengths: 12 axes hold them
+    border = border_weight(h, w) * valid
+    common = (maps * border).sum((1, 2)) / border.sum().clamp(min=1e-6)
+    layers = (torch.cat([maps, torch.ones(1, h, w)]) * valid)[:, None]  # (C+1,1,h,w): the last counts
+    inland = ((1 - middle(h)[:, None] ** 4) * (1 - middle(w) ** 4)) ** 2  # what touches the border is seldom the object
+    discs = []
+    for radius in min(h, w) * RADII:
+        reach = int(1.4 * radius + 0.7)
+        steps = torch.arange(-reach, reach + 1.0)
+        distance = torch.hypot(steps, steps[:, None])
+        disc = (distance <= radius).float()
+        ring = (distance <= 1.4 * radius + 0.7).float() - disc
+        sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (C+1,2,h,w)
+        means, shares = sums[:-1] / sums[-1].clamp(min=1), sums[-1] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
+        contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
+        discs.append((radius, contrast, (means[:, 0] - common[:, None, None]).norm(dim=0)))
+
+    def best(score):  # of all radii: (9,h,w)
+        number, row, column = np.unravel_index(int(score.argmax()), score.shape)
+        return int(row), int(column), float(discs[number][0])
+
+    if point is None:
+        point = best(torch.stack([r**SIZE_FIRST * ring * far * inland * valid for r, ring, far in discs]))[:2]
+    away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
+    return best(torch.stack([r**SIZE_NEXT * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
+
+
+RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
+
+
+def look(rgb, config, backbone, device="cpu", box=None, point=None):
+    """The View of the object in a photograph (H,W,3) uint8, and its features f (N,C) normalised.
+
+    box: (x0, y0, x1, y1) px, ends excluded: a rectangle around the object, given by the user; what lies outside it is
+    background. point: (x, y) px, near the middle of the object. Without either it is located.
+    Raises ValueError for a box or point not in the image, or both.
+    """
+    height, width = rgb.shape[:2]
+    if box is not None and point is not None:
+        raise ValueError("a box tells the place already: leave the point out")
+
+    def see(window, stride, valid=None, **place):
+        y0, x0, y1, x1 = window
+        image, grid = resize_image(rgb[y0:y1, x0:x1], config.size, stride)
+        view = View(rgb, window, image, grid, stride, field_of_view(image) if valid is None else valid, **place)
+        return view, F.normalize(backbone.extract(view).to(device), dim=1)
+
+    if box is not None:
+        x0, y0, x1, y1 = map(int, box)
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"the box {x0},{y0},{x1},{y1} must be x0 < x1, y0 < y1 inside the image, {width} x {height}")
+        place = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
+        ring_y, ring_x = max(RING, round(0.3 * (y1 - y0))), max(RING, round(0.3 * (x1 - x0)))
+        reach_y, reach_x, valid = (y1 - y0) / 2 + ring_y, (x1 - x0) / 2 + ring_x, torch.ones(1, 1)
+    else:
+        if point is not None and not (0 <= point[0] < width and 0 <= point[1] < height):
+            raise ValueError(f"the point {point[0]},{point[1]} must lie inside the image, {width} x {height}")
+        whole, features = see((0, 0, height, width), PATCH)
+        h, w = whole.grid
+        cell_y, cell_x, valid = height / h, width / w, whole.valid
+        given = point and ((point[1] + 0.5) / cell_y - 0.5, (point[0] + 0.5) / cell_x - 0.5)
+        row, column, radius = locate(features.cpu().unflatten(0, (h, w)), valid, given)
+        place = (row + 0.5) * cell_y, (column + 0.5) * cell_x, radius * cell_y, radius * cell_x
+        reach_y, reach_x = config.window * place[2], config.window * place[3]
+    window = (max(0, round(place[0] - reach_y)), max(0, round(place[1] - reach_x)),
+              min(height, round(place[0] + reach_y)), min(width, round(place[1] + reach_x)))  # fmt: skip
+    if min(window[2] - window[0], window[3] - window[1]) < PATCH:
+        raise ValueError(f"what is to be looked at, {window[3] - window[1]} x {window[2] - window[0]} px, is too small")
+    return see(window, config.stride, valid, place=place, box=box is not None)
+
+
+def node_weights(view, width):
+    """How much each patch matters (N,): a Gaussian of its distance from the place, `width` radii wide; 0 for all alike."""
+    fade = torch.exp(-(view.rho(view.stride) ** 2) / (2 * width**2)) if width else torch.ones(view.grid)
+    return (fade if view.box else fade * view.allowed(view.stride)).flatten()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ours: the outline
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -913,95 +997,45 @@ def moments_ellipse(weight, grow):
     return squared.clamp(min=1e-6).sqrt().unflatten(0, (h, w))
 
 
-def model_colours(image, foreground, place, steps, components=1):
-    """Sharpen a foreground map by what the object and its surround look like: expectation maximisation.
+def outline(view, foreground, config):
+    """Sharpen the graph's foreground (s/4,t/4) in [0,1] by the colours: the probability of foreground (s/4,t/4).
 
-    image (3,s,t) in [0,1]; foreground (s/4,t/4) in [0,1], from the graph; place: a Place. One Gaussian of Lab colours
-    each for foreground and background, and a soft ellipse for the place: the one with the map's own moments, or the one
-    inscribed in the user's box. components: pieces to keep, 0 for all. Returns the probability of foreground (s/4,t/4).
-    Ours, in the manner of GrabCut (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
+    Expectation maximisation with one Gaussian of Lab colours each for object and background, and a soft ellipse: the
+    map's own, or the one inscribed in the user's box. In each step the graph's assignment is evidence beside them: a
+    sure cluster wins, an unsure one is settled by the colours. Ours, in the manner of GrabCut (Rother et al. 2004)
+    without its graph cut, which the bilateral solver replaces.
     """
+    h, w = foreground.shape
+    colours = F.avg_pool2d(view.lab, 4).flatten(1).T / 10  # (P,3)
+    allowed, rho, evidence = view.allowed(4, 4), view.rho(4, 4), config.trust * (2 * foreground - 1)
 
-    def finer(cells):  # from cells of 8 px to 4 px, (P,)
-        return halved(cells).flatten()
+    def as_mask(p):
+        return torch.from_numpy(clean_mask((p > 0.5).numpy(), config.components))
 
-    def as_mask(p):  # (P,) to (s/4,t/4) numpy
-        return clean_mask((p > 0.5).unflatten(0, (h, w)).numpy(), components)
-
-    lab = even_light(rgb_to_lab(image), place.outside(), gently=place.box is None)
-    colours = F.avg_pool2d(lab, 4)  # (3,s/4,t/4)
-    h, w = colours.shape[1:]
-    colours = colours.flatten(1).T / 10
-    allowed = finer(place.weights > 0) if place.box is None else finer(place.box)
-
-    def ellipse(weight, grow):  # (P,)
-        return moments_ellipse(weight.unflatten(0, (h, w)), grow).flatten()
-
-    p = foreground.flatten() * allowed
-    pieces, _ = ndimage.label((p > 0.5).unflatten(0, (h, w)).numpy())
-    overlap = np.bincount(pieces.ravel(), finer(place.core).numpy())
-    overlap[0] = 0
-    if components == 1 and overlap.any():  # start from the piece that the place points at
-        p = p * torch.from_numpy(pieces == overlap.argmax()).flatten()
-    for _ in range(steps):
-        if place.box is None:
-            spatial = 2 * (1 - ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
-            log_odds = gaussian_log_ratio(colours, p, (1 - p) * allowed)
-        else:  # the ring outside the box is surely background, what is inside only half as surely
-            spatial = (8 * (1 - ellipse(finer(place.core), 1.05))).clamp(-4, 4)
-            log_odds = gaussian_log_ratio(colours, p, torch.where(allowed > 0, 0.5 * (1 - p), 1)).clamp(-4, 4)
-        p = torch.sigmoid(log_odds + spatial) * allowed
-        if place.box is None:
-            p = p * torch.from_numpy(as_mask(p)).flatten()
+    p = foreground * allowed
+    pieces = torch.from_numpy(ndimage.label((p > 0.5).numpy())[0]).long()
+    overlap = torch.bincount(pieces.flatten(), view.core(4, 4).flatten())[1:]
+    if config.components == 1 and overlap.any():  # start from the piece that the place points at
+        p = p * (pieces == overlap.argmax() + 1)
+    for _ in range(config.colour_steps):
+        if view.box:  # the ring outside the box is surely background, what is inside only half as surely
+            ellipse = (8 * (1 - rho / 1.05)).clamp(-4, 4)
+            background = torch.where(allowed > 0, 0.5 * (1 - p), 1)
+        else:
+            ellipse = 2 * (1 - moments_ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
+            background = (1 - p) * allowed
+        ratio = gaussian_log_ratio(colours, p.flatten(), background.flatten()).unflatten(0, (h, w))
+        p = torch.sigmoid(evidence + (ratio.clamp(-4, 4) if view.box else ratio) + ellipse) * allowed
+        if not view.box:
+            p = p * as_mask(p)
     # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
     mask = as_mask(p)
-    radius = math.sqrt(mask.sum() / math.pi)
-    p = ndimage.gaussian_filter(mask.astype(np.float32), 0.1 * radius, mode="nearest")
+    p = ndimage.gaussian_filter(mask.float().numpy(), 0.1 * math.sqrt(mask.sum() / math.pi), mode="nearest")
     return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
 
 
-def separation(image, foreground, place):
-    """How well a foreground (s/4,t/4) stands out: the distance of its edge's colours from those of the ring around it.
-
-    In units of their spread, times how close to the middle of the image it lies; 0 for nothing or everything.
-    """
-    mask = foreground.numpy() > 0.5
-    lab = F.avg_pool2d(rgb_to_lab(image), 4) * torch.tensor([1, CHROMA, CHROMA])[:, None, None]
-    valid = halved(place.weights > 0).numpy()
-    width = max(2, 0.25 * math.sqrt(mask.sum() / math.pi))
-    edge = mask & (ndimage.distance_transform_edt(mask) <= width)
-    ring = ~mask & (ndimage.distance_transform_edt(~mask) <= width) & valid
-    if not (edge.any() and ring.any()):
-        return 0.0
-    edge, ring = lab[:, torch.from_numpy(edge)], lab[:, torch.from_numpy(ring)]
-    spread = (edge.var(1, correction=0) + ring.var(1, correction=0)) / 2 + 1
-    distance = ((edge.mean(1) - ring.mean(1)).square() / spread).sum().sqrt()
-    return float(distance * closeness(*mask.shape)[torch.from_numpy(mask)].mean())
-
-
-STARTS = 1.5, 2.2  # sizes of the further starts of `outline`, relative to the first result
-
-
-def outline(image, foreground, place, steps, components=1):
-    """`model_colours` from several starts, of whose results the one that stands out best is kept: (s/4,t/4) in [0,1].
-
-    A small dark core in a larger object is a steady state of its own: so the first result's ellipse, made larger, is
-    tried as a start too. A user's box tells the size, so that the first result is then the only one.
-    """
-    first = model_colours(image, foreground, place, steps, components)
-    if place.box is not None or not (first > 0.5).any():
-        return first
-    results = [first]
-    for grow in STARTS:
-        start = torch.sigmoid(8 * (1 - moments_ellipse((first > 0.5) + 1e-4, grow)))
-        core = F.avg_pool2d((start > 0.5).float()[None], 2)[0]
-        wider = dataclasses.replace(place, core=(core > 0.5) * (place.weights > 0).float())
-        results.append(model_colours(image, start, wider, steps, components))
-    return max(results, key=lambda result: separation(image, result, place))
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# From assignment to mask
+# From photograph to mask
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -1015,52 +1049,45 @@ def foreground_score(assignment, core):
     return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One image, or the part of it around the user's box, made ready for the graph. s, t: its resized sides."""
+def finish(view, assignment, config):
+    """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    rgb: np.ndarray  # (H,W,3) uint8, the whole image
-    window: tuple  # (y0, x0, y1, x1) px, the part that is looked at
-    inside: np.ndarray  # (H,W) bool, where the object may be: the box, or everywhere
-    grid: tuple  # (h,w) patches
-    image: torch.Tensor  # (3,s,t) in [0,1], the window resized
-    place: Place  # where the object roughly is
-    weights: torch.Tensor  # (N,) of the nodes, from the place
-    features: torch.Tensor  # (N,C) f, rows of length sqrt(C): entries of about unit size, as initialisation expects
-
-
-RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
-
-
-def look(rgb, config, backbone, device="cpu", box=None):
-    """The Scene of an image (H,W,3) uint8.
-
-    box: (x0, y0, x1, y1) px, x1 and y1 excluded: a rectangle around the object, given by the user. Only it and a ring
-    of 20 px or 30 % are looked at; what lies outside it is background. Raises ValueError for a box not in the image.
+    The foreground clusters are chosen, the soft assignment is upsampled and refined by the bilateral solver at the
+    image's own resolution, cluster by cluster (for K = 2 one is enough), then binarised, and the mask cleaned.
     """
-    height, width = rgb.shape[:2]
-    x0, y0, x1, y1 = (0, 0, width, height) if box is None else map(int, box)
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(f"the box {x0},{y0},{x1},{y1} must be x0 < x1, y0 < y1 inside the image, {width} x {height}")
-    inside = np.zeros((height, width), bool)
-    inside[y0:y1, x0:x1] = True
-    ring_x, ring_y = (0 if box is None else max(RING, round(0.3 * side)) for side in (x1 - x0, y1 - y0))
-    top, left = max(0, y0 - ring_y), max(0, x0 - ring_x)
-    bottom, right = min(height, y1 + ring_y), min(width, x1 + ring_x)
-    part = rgb[top:bottom, left:right]
-    if min(part.shape[:2]) < PATCH:
-        raise ValueError(f"the box {x0},{y0},{x1},{y1} is too small: with its ring, each side needs {PATCH} px")
-    image, grid = resize_image(part, config.size, config.stride)
-    cells = tuple(side // PATCH for side in image.shape[1:])
-    if box is not None:
-        to_cells = np.tile([cells[1] / (right - left), cells[0] / (bottom - top)], 2)
-        place = place_in_box(cells, (np.array([x0, y0, x1, y1]) - [left, top] * 2) * to_cells, config.prior)
+    assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
+    score = foreground_score(assignment, view.core(view.stride)) * (-1 if config.invert else 1)
+    assignment = assignment[..., score.argsort()].numpy()
+    background = int((score <= 0).sum())  # the labels from here on are foreground
+
+    y0, x0, y1, x1 = view.window
+    rgb, (s, t) = view.rgb[y0:y1, x0:x1], view.image.shape[1:]
+    foreground = assignment[..., background:].sum(2, keepdims=True)  # (h,w,1)
+    if config.colour_steps and not config.invert:
+        foreground = torch.from_numpy(upsample(foreground, view.stride, (s // 4, t // 4), (s, t))[..., 0])
+        foreground = outline(view, foreground, config)[..., None].numpy()
+        soft = upsample(foreground, 4, rgb.shape[:2], (s, t), 4)  # (H',W',1), H' and W' of the window
     else:
-        place = locate(image, config.prior)
-    features = backbone.extract(image.to(device), config.stride, place if config.prior else None)
-    features = F.normalize(features, dim=1) * math.sqrt(features.shape[1])
-    weights = on_patches(place.weights, grid).flatten().to(device)
-    return Scene(rgb, (top, left, bottom, right), inside, grid, image, place, weights, features)
+        soft = upsample(foreground, view.stride, rgb.shape[:2], (s, t))
+    if view.box:
+        y, x, ry, rx = view.place
+        rows, columns = np.arange(y0, y1)[:, None] + 0.5, np.arange(x0, x1) + 0.5
+        soft = soft * ((abs(rows - y) < ry) & (abs(columns - x) < rx))[..., None]
+    inside = soft[..., :1] > 0
+    if config.clusters > 2:
+        soft = np.concatenate([soft, upsample(assignment, view.stride, rgb.shape[:2], (s, t))], axis=2)
+    if config.refine:
+        soft = bilateral.solve(soft, rgb, smoothness=config.smoothness).astype(np.float32)
+
+    labels, probability = np.zeros(view.rgb.shape[:2], np.uint8), np.zeros(view.rgb.shape[:2], np.float32)
+    probability[y0:y1, x0:x1] = (soft[..., :1].clip(0, 1) * (inside if view.box else 1))[..., 0]
+    mask = probability > 0.5
+    if config.clusters == 2:
+        labels[mask] = 1
+    else:  # the likeliest cluster, of the foreground ones inside the mask and of the others outside it
+        chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
+        labels[y0:y1, x0:x1] = np.where(chosen, soft[..., 1:], -np.inf).argmax(2)
+    return clean_mask(mask, config.components), probability, labels, assignment
 
 
 @dataclass(frozen=True)
@@ -1071,51 +1098,12 @@ class Segmentation:
     probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before holes are filled and pieces dropped
     labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from the surest background cluster to the surest foreground
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
-    scene: Scene  # what the graph was made of
+    view: View  # the window that was looked at, and the place
+    features: torch.Tensor  # (N,C) f, rows of length 1
+    modularity: float  # of the clusters, Q of eq. (6); near 0 where the graph has no communities
     history: list  # the loss at every epoch
-    backbone: str  # "dino" or "builtin"
+    backbone: str  # its name
     seconds: dict  # wall-clock time of each stage
-
-
-def finish(scene, assignment, config):
-    """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
-
-    The foreground clusters are chosen, the soft assignment is upsampled and refined by the bilateral solver at the
-    image's own resolution, cluster by cluster (for K = 2 one is enough), then binarised, and the mask cleaned.
-    """
-    assignment = assignment.unflatten(0, scene.grid)  # (h,w,K)
-    core = on_patches(scene.place.core, scene.grid).to(assignment)
-    score = foreground_score(assignment, core) * (-1 if config.invert else 1)
-    assignment = assignment[..., score.argsort()].cpu().numpy()
-    background = int((score <= 0).sum())  # the labels from here on are foreground
-
-    y0, x0, y1, x1 = scene.window
-    rgb, inside = scene.rgb[y0:y1, x0:x1], scene.inside[y0:y1, x0:x1]
-    s, t = scene.image.shape[1:]
-    foreground = assignment[..., background:].sum(2, keepdims=True)  # (h,w,1)
-    if config.colour_steps and not config.invert:
-        foreground = torch.from_numpy(upsample(foreground, config.stride, (s // 4, t // 4), (s, t))[..., 0])
-        foreground = outline(scene.image, foreground, scene.place, config.colour_steps, config.components)
-        foreground = upsample(foreground[..., None].numpy(), 4, rgb.shape[:2], (s, t), 4)
-    else:
-        foreground = upsample(foreground, config.stride, rgb.shape[:2], (s, t))
-    soft = foreground * inside[..., None]  # (H',W',1), H' and W' of the window
-    if config.clusters > 2:
-        soft = np.concatenate([soft, upsample(assignment, config.stride, rgb.shape[:2], (s, t))], axis=2)
-    if config.refine:
-        sigmas = config.sigma_spatial, config.sigma_luma, config.sigma_chroma
-        soft = bilateral.solve(soft, rgb, config.confidence, *sigmas, config.smoothness).astype(np.float32)
-
-    labels, probability = np.zeros(scene.inside.shape, np.uint8), np.zeros(scene.inside.shape, np.float32)
-    probability[y0:y1, x0:x1] = soft[..., 0].clip(0, 1) * inside
-    mask = probability > 0.5
-    if config.clusters == 2:
-        labels[mask] = 1
-    else:  # the likeliest cluster, of the foreground ones inside the mask and of the others outside it
-        clusters = soft[..., 1:]
-        chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
-        labels[y0:y1, x0:x1] = np.where(chosen, clusters, -np.inf).argmax(2)
-    return clean_mask(mask, config.components), probability, labels, assignment
 
 
 def pick_device(device):
@@ -1128,11 +1116,20 @@ def pick_device(device):
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
+def is_constant(rgb):
+    """Whether an image (H,W,3) uint8 shows nothing: JPEG can make one or two grey levels of it."""
+    return np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2
+
+
+COMMUNITIES = 1e-3  # modularity below which there are none
+
+
 def segment(
     image,
     config=Config(),
     *,
     box=None,
+    point=None,
     backbone="auto",
     weights=None,
     branch="teacher",
@@ -1142,7 +1139,7 @@ def segment(
 ):
     """Segment one photograph: the whole method.
 
-    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box: (x0, y0, x1, y1) px, see `look`.
+    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box: (x0, y0, x1, y1) px, point: (x, y) px, see `look`.
     backbone: "auto", "dino", "builtin", or a Backbone. weights, branch: see `load_dino`. device: "auto", "cpu", "cuda"
     or "mps". shared: parameters from `fit_collective`. progress: show the bar of a download.
     Returns a Segmentation. Raises ImageError for an image that cannot be segmented, ValueError and OSError for
@@ -1151,6 +1148,7 @@ def segment(
     device = pick_device(device)
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, weights, branch, device, progress)
+    name = image if isinstance(image, (str, Path)) else "the image"
     seconds, start = {}, time.perf_counter()
 
     def lap(stage):
@@ -1159,21 +1157,25 @@ def segment(
 
     rgb = load_image(image)
     lap("read")
-    scene = look(rgb, config, backbone, device, box)
+    view, features = look(rgb, config, backbone, device, box, point)
     lap("features")
-    if np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2:  # grey levels: JPEG can make one or two of nothing
-        name = image if isinstance(image, (str, Path)) else "the image"
+    if is_constant(rgb):
         log.warning("%s is constant: there is no structure to segment, and the mask is empty", name)
         nothing = np.zeros(rgb.shape[:2])
-        assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(scene.grid, int)]
-        outcome, history = (nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment), []
+        assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(view.grid, int)]
+        outcome = nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment
+        modularity, history = 0.0, []
     else:
-        adjacency = build_graph(scene.features, config.tau, scene.weights)
-        assignment, history = fit(scene.features, adjacency, config, shared)
+        adjacency = build_graph(features, config.tau, node_weights(view, config.prior).to(device))
+        assignment, history = fit(features, adjacency, config, shared)
+        labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
+        modularity = -modularity_loss(labels, adjacency, balance=0).item()  # eq. (6)
+        if modularity < COMMUNITIES:
+            log.warning("%s: the fit found no communities (modularity %.4f), so the mask says little", name, modularity)
         lap("fit")
-        outcome = finish(scene, assignment, config)
+        outcome = finish(view, assignment, config)
         lap("refine")
-    return Segmentation(*outcome, scene, history, backbone.name, seconds)
+    return Segmentation(*outcome, view, features, modularity, history, backbone.name, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1201,42 +1203,49 @@ def heat(values):
     return (np.clip(np.asarray(values)[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8)
 
 
-def explain(result, config):
-    """One picture of the stages of a Segmentation side by side, each with its caption: a PIL image."""
+def tile(text, picture, size):
+    """A PIL image resized to (width, height) below its caption."""
+    blocks = min(picture.size) < min(size) / 2  # patches are shown as squares
+    framed = Image.new("RGB", (size[0], size[1] + 24), "white")
+    framed.paste(picture.resize(size, Image.NEAREST if blocks else Image.LANCZOS), (0, 24))
+    ImageDraw.Draw(framed).text((2, 3), text, "black", ImageFont.load_default(14))
+    return framed
+
+
+def side_by_side(tiles, columns):
+    """PIL images of one size in rows of so many columns: a PIL image."""
     from torchvision.transforms.functional import to_pil_image, to_tensor
     from torchvision.utils import make_grid
 
-    y0, x0, y1, x1 = result.scene.window
-    rgb, mask = result.scene.rgb[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]
-    h, w = result.scene.grid
-    flat = result.scene.features.cpu()
-    centred = flat - flat.mean(0)
-    components = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:3].T  # first three principal components
+    return to_pil_image(make_grid([to_tensor(tile) for tile in tiles], nrow=columns, padding=6, pad_value=1.0))
+
+
+def explain(result, config):
+    """One picture of the stages of a Segmentation side by side, each with its caption: a PIL image."""
+    view, features = result.view, result.features.cpu()
+    (y0, x0, y1, x1), (h, w) = view.window, view.grid
+    seen, (y, x, ry, rx) = Image.fromarray(view.rgb), view.place
+    ImageDraw.Draw(seen).ellipse((x - rx, y - ry, x + rx, y + ry), outline=TINT, width=max(2, (x1 - x0) // 100))
+    seen = seen.crop((x0, y0, x1, y1))
+
+    components = F.pad(principal(features, 3), (0, max(0, 3 - features.shape[1])))
     low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
     colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
-    node = int((result.assignment[..., -1] * on_patches(result.scene.place.weights, (h, w)).numpy()).argmax())
-    row = build_graph(flat, config.tau, result.scene.weights.cpu())[node].unflatten(0, (h, w)).numpy()
-    row, column = heat(row), np.unravel_index(node, (h, w))
-    row[column] = (0, 160, 255)
+    weights = node_weights(view, config.prior)
+    node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * weights).argmax())
+    row = heat(build_graph(features, config.tau, weights)[node].unflatten(0, (h, w)).numpy())
+    row[np.unravel_index(node, (h, w))] = (0, 160, 255)
 
-    scale = 256 / min(rgb.shape[:2])
-    width, height = round(rgb.shape[1] * scale), round(rgb.shape[0] * scale)
+    scale = 256 / min(y1 - y0, x1 - x0)
+    size = round((x1 - x0) * scale), round((y1 - y0) * scale)
     tiles = [
-        ("1  image", Image.fromarray(rgb)),
-        (f"2  features ({result.backbone}), PCA", Image.fromarray((colours * 255).astype(np.uint8))),
-        ("3  graph: row of the blue patch", Image.fromarray(row)),
-        ("4  soft assignment", Image.fromarray(heat(result.assignment[..., -1]))),
-        ("5  refined mask", overlay(rgb, mask)),
+        tile("1  window around the place", seen, size),
+        tile(f"2  features ({result.backbone}), PCA", Image.fromarray((colours * 255).astype(np.uint8)), size),
+        tile("3  graph: row of the blue patch", Image.fromarray(row), size),
+        tile("4  soft assignment", Image.fromarray(heat(result.assignment[..., -1])), size),
+        tile("5  refined mask", overlay(view.rgb[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]), size),
     ]
-    font, caption, pictures = ImageFont.load_default(14), 24, []
-    for text, picture in tiles:
-        patches = picture.width == w
-        picture = picture.resize((width, height), Image.NEAREST if patches else Image.LANCZOS)
-        tile = Image.new("RGB", (width, height + caption), "white")
-        tile.paste(picture, (0, caption))
-        ImageDraw.Draw(tile).text((2, 3), text, "black", font)
-        pictures.append(to_tensor(tile))
-    return to_pil_image(make_grid(pictures, nrow=len(pictures), padding=6, pad_value=1.0))
+    return side_by_side(tiles, len(tiles))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1247,17 +1256,17 @@ def explain(result, config):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 
 
-def comma_separated(text):
-    """Whole numbers from "1,2,3"."""
-    return tuple(int(number) for number in text.split(","))
+def whole_numbers(count=None):
+    """A parser of "1,2,3", of so many numbers where `count` says so, for argparse."""
 
+    def parse(text):
+        numbers = tuple(int(number) for number in text.split(","))
+        if count and len(numbers) != count:
+            raise argparse.ArgumentTypeError(f"needs {count} whole numbers with commas between, got {text!r}")
+        return numbers
 
-def box_corners(text):
-    """Four whole numbers from "x0,y0,x1,y1"."""
-    corners = comma_separated(text)
-    if len(corners) != 4:
-        raise argparse.ArgumentTypeError(f"needs four numbers, x0,y0,x1,y1, got {text!r}")
-    return corners
+    parse.__name__ = "list of whole numbers"  # for argparse's message
+    return parse
 
 
 def add_config_flags(parser):
@@ -1269,13 +1278,19 @@ def add_config_flags(parser):
         text = f"{info['help']}; default {shown} [{info['source']}]".replace("%", "%%")
         if isinstance(default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-        elif isinstance(default, tuple):
-            group.add_argument(flag, type=comma_separated, default=default, help=text,
-                               metavar="INT,INT")  # fmt: skip
         else:
-            kind = type(default)
-            metavar = None if info["choices"] else kind.__name__.upper()
+            kind = whole_numbers() if isinstance(default, tuple) else type(default)
+            metavar = None if info["choices"] else "INT,INT" if isinstance(default, tuple) else kind.__name__.upper()
             group.add_argument(flag, type=kind, choices=info["choices"], default=default, help=text, metavar=metavar)
+
+
+def add_backbone_flags(parser):
+    """The flags that say which features and where, the same for both programs."""
+    parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto",
+                        help="features: DINO's, the built-in colours, or DINO's if its weights can be had (auto)")  # fmt: skip
+    parser.add_argument("--weights", type=Path, help="DINO's weights file, not torch.hub's cache or a download")
+    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
 
 
 def config_from(options):
@@ -1292,18 +1307,14 @@ def build_parser():
     parser.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
     parser.add_argument("-o", "--output", type=Path, required=True,
                         help="the mask, a .png file, for one image; a folder for several: one .png per image")  # fmt: skip
-    parser.add_argument("--box", type=box_corners, metavar="X0,Y0,X1,Y1",
+    parser.add_argument("--point", type=whole_numbers(2), metavar="X,Y", help="px, near the middle of the object")
+    parser.add_argument("--box", type=whole_numbers(4), metavar="X0,Y0,X1,Y1",
                         help="px, a rectangle around the object; what lies outside it is background")  # fmt: skip
-    parser.add_argument("--probability", action="store_true", help="also write MASK_probability.png, 8 bit")
-    parser.add_argument("--labels", action="store_true", help="also write MASK_labels.png, the clusters in colours")
-    parser.add_argument("--overlay", action="store_true", help="also write MASK_overlay.png, the mask on the image")
-    parser.add_argument("--explain", action="store_true", help="also write MASK_explain.png, the stages side by side")
-    parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto",
-                        help="features: DINO's, the built-in descriptors, or DINO's if its weights can be had (auto)")  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="DINO's weights file, not torch.hub's cache or a download")
-    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
+    for kind, what in [("probability", "8 bit"), ("labels", "the clusters in colours"),
+                       ("overlay", "the mask on the image"), ("explain", "the stages side by side")]:  # fmt: skip
+        parser.add_argument(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
+    add_backbone_flags(parser)
     parser.add_argument("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that share several images, one thread each; "
                         "default: one a core, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
@@ -1331,13 +1342,10 @@ def list_images(inputs):
     """Every image named, and those in the folders named (not in folders below them), in order."""
     found = []
     for path in inputs:
-        if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if is_image(p)]
-            if not inside:
-                raise ValueError(f"{path}: there is no image in this folder")
-            found += inside
-        else:
-            found.append(path)
+        inside = [p for p in sorted(path.iterdir()) if is_image(p)] if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: there is no image in this folder")
+        found += inside
     return found
 
 
@@ -1345,30 +1353,28 @@ def plan_outputs(options):
     """Pairs (image, {kind: output path}), checked before any work: one writer an output, and no output is an input."""
     images, output = list_images(options.images), options.output
     single = len(options.images) == 1 and not options.images[0].is_dir() and not output.is_dir()
-    if single and output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: the mask is a PNG, so give a name that ends in .png, or an existing folder")
     folder = output.parent if single else output
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, and a folder is needed here" + ("" if single else " for several masks"))
-    if not folder.exists() and (single or not folder.parent.is_dir()):
-        raise ValueError(f"{folder if single else folder.parent}: there is no such folder; create it first")
-    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        raise ValueError(f"{folder}: no permission to write there")
-    if not folder.exists() and folder.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{folder}: several images need a folder, and this is the name of an image")
+    home = folder if single or folder.exists() else folder.parent  # what must be there already
+    for wrong, message in [
+        (single and output.suffix.lower() != ".png", f"{output}: a mask's name ends in .png, or give an existing folder"),
+        (not single and not output.is_dir() and output.suffix.lower() in SUFFIXES,
+         f"{output}: several images need a folder, and this is the name of an image"),
+        (not home.is_dir(), f"{home}: there is no such folder; create it first"),
+        (not os.access(home, os.W_OK), f"{home}: no permission to write there"),
+    ]:  # fmt: skip
+        if wrong:
+            raise ValueError(message)
 
     kinds = [kind for kind in ("probability", "labels", "overlay", "explain") if getattr(options, kind)] + ["mask"]
-    plan, writer = [], {}
-    sources = {image.resolve() for image in images}
+    plan, writer, sources = [], {}, {image.resolve() for image in images}
     for image in images:
         mask = output if single else folder / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
-            if path.resolve() in sources:
-                raise ValueError(f"{path}: would be written, but it is an input; choose another output")
-            if path.is_dir():
-                raise ValueError(f"{path}: is a folder, and a file is to be written there")
             other = writer.setdefault(path.resolve(), image)
+            if path.resolve() in sources or path.is_dir():
+                what = "a folder" if path.is_dir() else "an input"
+                raise ValueError(f"{path}: would be written, but it is {what}; choose another output")
             if other is not image:
                 raise ValueError(f"{path}: would be written for both {other} and {image}; rename one or run them apart")
         plan.append((image, outputs))
@@ -1389,21 +1395,23 @@ def whole(path):
 
 def write_outputs(outputs, result, config):
     """The files asked for, the mask last, so that its presence says that the image is done."""
+
+    def labels():
+        picture = Image.fromarray(result.labels)
+        # The pixel is the label, the palette makes it visible; a full one, or Pillow saves fewer bits.
+        picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])
+        return picture
+
+    draw = {
+        "mask": lambda: Image.fromarray(result.mask.astype(np.uint8) * 255),
+        "probability": lambda: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8)),
+        "labels": labels,
+        "overlay": lambda: overlay(result.view.rgb, result.mask),
+        "explain": lambda: explain(result, config),
+    }
     for kind, path in outputs.items():
-        if kind == "mask":
-            picture = Image.fromarray(result.mask.astype(np.uint8) * 255)
-        elif kind == "probability":
-            picture = Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))
-        elif kind == "labels":
-            picture = Image.fromarray(result.labels)
-            # The pixel is the label, the palette makes it visible; a full one, or Pillow saves fewer bits.
-            picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])
-        elif kind == "overlay":
-            picture = overlay(result.scene.rgb, result.mask)
-        else:
-            picture = explain(result, config)
         with whole(path) as part:
-            picture.save(part, format="PNG")
+            draw[kind]().save(part, format="PNG")
 
 
 def reason(error):
@@ -1433,12 +1441,6 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format=LOG_FORMAT)
 
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)  # nobody is left to work for
-
-    threading.Thread(target=follow, daemon=True).start()
-
 
 @contextlib.contextmanager
 def worker_map(workers, images):
@@ -1450,13 +1452,13 @@ def worker_map(workers, images):
     if images == 1:
         yield map
         return
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read by torch and NumPy as the workers import them
-        # A fork would inherit the locks of threads that it does not have.
-        pool = ProcessPoolExecutor(min(workers, images), multiprocessing.get_context("spawn"), start_worker)
-        try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an interrupt too, only what is begun is finished
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch and NumPy as the workers import them; here it is too late
+    # A fork would inherit the locks of threads that it does not have.
+    pool = ProcessPoolExecutor(min(workers, images), multiprocessing.get_context("spawn"), start_worker)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt too, only what is begun is finished
 
 
 @contextlib.contextmanager
@@ -1500,8 +1502,8 @@ def run(options):
             scenes = []
             for _, (image, _) in share:
                 try:
-                    scene = look(load_image(image), config, backbone, device, options.box)
-                    scenes.append((scene.features, scene.weights))
+                    view, features = look(load_image(image), config, backbone, device, options.box, options.point)
+                    scenes.append((features, node_weights(view, config.prior).to(device)))
                 except Exception:  # of which `segment` will tell
                     scenes.append(None)
             quiet = options.quiet or rank > 0
@@ -1509,7 +1511,7 @@ def run(options):
                 shared = fit_collective(scenes, config, device, progress=lambda: bar.update(1))
 
         most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
-        how = {"box": options.box, "device": str(device), "shared": shared, "weights": options.weights,
+        how = {"box": options.box, "point": options.point, "device": str(device), "shared": shared, "weights": options.weights,
                "branch": options.branch, "backbone": backbone.name if len(plan) > 1 else backbone}  # fmt: skip
         tasks, failures = [(image, outputs, config, how) for _, (image, outputs) in todo], []
         with worker_map(options.workers or most, len(plan)) as in_order:
