@@ -40,7 +40,7 @@ import scipy.cluster.vq
 import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import nn
@@ -673,16 +673,7 @@ def summarise(scores, stems, rows, groups, seed):
 
 
 # Table I of the paper: (mIoU, Dice) in %
-REFERENCE_ROWS = (
-    "UnSegMedGATc",
-    "UnSegMedGAT",
-    "UnSeGArmaNet",
-    "UnSegGNet",
-    "MedSAM",
-    "MinCutPool",
-    "DSM",
-    "ViT-KMeans",
-)
+REFERENCE_ROWS = ("UnSegMedGATc", "UnSegMedGAT", "UnSeGArmaNet", "UnSegGNet", "MedSAM", "MinCutPool", "DSM", "ViT-KMeans")
 REFERENCES = {
     "isic2018": ((74.76, 85.17), (73.75, 84.34), (73.16, 83.16), (73.94, 84.12),
                  (61.36, 73.06), (72.31, 83.24), (72.2, 81.71), (68.6, 78.37)),
@@ -715,41 +706,28 @@ def markdown(summary, groups, reference=None):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TRUE_COLOUR, PREDICTED_COLOUR, TILE = (255, 220, 0), (0, 200, 255), 240
+TRUE_COLOUR, PREDICTED_COLOUR, TILE = (255, 220, 0), (0, 200, 255), 300
 
 
 def contact_sheet(pairs, scores, row, run, columns=4):
     """The best, median and worst images of a row, one line each: a PIL image. Yellow: true contour, blue: predicted."""
-    from torchvision.transforms.functional import to_pil_image, to_tensor
-    from torchvision.utils import make_grid
-
     ranked = sorted((s for s in pairs if not scores[s, row]["error"]), key=lambda stem: -scores[stem, row]["iou"])
     columns = min(columns, math.ceil(len(ranked) / 3))
     middle = (len(ranked) - columns) // 2
     chosen = ranked[:columns] + ranked[middle : middle + columns] + ranked[len(ranked) - columns :]
-    tiles, font = [], ImageFont.load_default(12)
+    tiles = []
     for number, stem in enumerate(chosen):
         found, scored, rgb = masks_of(stem, *pairs[stem], [row], run)
         if isinstance(found[row], Exception):  # it went well before: the file has changed since
             raise found[row]
         truth = load_mask(pairs[stem][1])[scored]
         mask = max(found[row][0], key=lambda mask: metrics(mask, truth)["iou"])
-        picture = Image.fromarray(rgb[scored])
-        picture.thumbnail((TILE, TILE))
-        drawn = np.array(picture)
+        drawn = rgb[scored].copy()
         for area, colour in ((truth, TRUE_COLOUR), (mask, PREDICTED_COLOUR)):
-            small = np.asarray(Image.fromarray(area).resize(picture.size, Image.NEAREST))
-            drawn[small & ~ndimage.binary_erosion(small)] = colour
-        tile = Image.new("RGB", (TILE, TILE + 18), "white")
-        tile.paste(Image.fromarray(drawn), (0, 18))
+            drawn[area ^ ndimage.binary_erosion(area, iterations=max(1, max(area.shape) // TILE))] = colour
         text = f"{('best', 'median', 'worst')[number // columns]}: {stem}, IoU {scores[stem, row]['iou'] * 100:.1f}"
-        ImageDraw.Draw(tile).text((2, 2), text, "black", font)
-        tiles.append(to_tensor(tile))
-    grid = to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=1.0))
-    sheet = Image.new("RGB", (grid.width, grid.height + 18), "white")
-    sheet.paste(grid, (0, 18))
-    ImageDraw.Draw(sheet).text((8, 4), f"yellow: true, blue: predicted by {row}", "black", font)
-    return sheet
+        tiles.append(u.tile(text, ImageOps.pad(Image.fromarray(drawn), (TILE, TILE), color="white"), (TILE, TILE)))
+    return u.side_by_side(tiles, columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -803,7 +781,8 @@ def build_parser():
     parser.add_argument("--csv", type=Path, help="scores of each image and method, written as they come")
     parser.add_argument("--resume", action="store_true", help="keep what the --csv file holds and do the rest")
     parser.add_argument("--json", type=Path, help="the table with all intervals, settings and versions")
-    parser.add_argument("--sheet", type=Path, help="a .png: the first row's best, median and worst images")
+    parser.add_argument("--sheet", type=Path, help="a .png: the first row's best, median and worst "
+                        "images, the true contour in yellow and the predicted one in blue")  # fmt: skip
     u.add_backbone_flags(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     u.add_config_flags(parser)
@@ -859,11 +838,8 @@ def shared_parameters(pairs, run, quiet):
 
 def settings_of(run, options):
     """All that the scores depend on beside the images, for the fingerprints and the JSON file."""
-    backbone = {
-        "name": run.backbone.name,
-        "branch": options.branch,
-        "weights": options.weights and options.weights.name,
-    }
+    weights = options.weights and options.weights.name
+    backbone = {"name": run.backbone.name, "branch": options.branch, "weights": weights}
     settings = {name: getattr(run, name) for name in ("protocol", "squash", "jitter", "plant", "tolerance")}
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 
@@ -1079,8 +1055,10 @@ def bench_graph(n, threads, device_name):
         row[f"{name}, ms"] = 1e3 * ours
         if heads == 4:
             row["peak memory so far, GiB"] = peak_memory(device)
-            row["fit, s"] = seconds(lambda: u.fit(features, adjacency, settings), device, 1)
-            row["its epochs"] = len(u.fit(features, adjacency, settings)[1])
+            if n <= MOST_PLAIN:
+                start = time.perf_counter()
+                row["epochs until settled"] = len(u.fit(features, adjacency, settings)[1])
+                row["fit, s"] = time.perf_counter() - start
         row[f"{name}: x its products alone"] = ours / seconds(products(n, settings, x.shape[1], device), device)
         if n <= MOST_PLAIN:
             u.MaskedAttention.apply = plain_attention

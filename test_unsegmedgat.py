@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import math
+import os
 import pickle
 import signal
 import socket
@@ -931,6 +932,13 @@ def test_a_place_that_cannot_be_is_refused(hint):
         u.segment(lesion()[0], u.Config(size=64), backbone="builtin", device="cpu", **hint)
 
 
+@pytest.mark.parametrize("height, width", [(8, 8), (9, 40), (16, 12)])
+def test_the_smallest_images_are_segmented_too(height, width):
+    result = u.segment(lesion(height, width)[0], u.Config(size=64), backbone="builtin", device="cpu")
+    assert result.mask.shape == (height, width)
+    u.segment(lesion(height, width)[0], u.Config(size=64), point=(width - 1, 0), backbone="builtin", device="cpu")
+
+
 def test_a_fit_without_communities_is_said(caplog):
     alike = u.Backbone("alike", lambda view: torch.ones(math.prod(view.grid), 5))
     result = u.segment(lesion()[0], u.Config(size=64), backbone=alike, device="cpu")
@@ -1041,24 +1049,32 @@ def test_order_and_bytes_of_the_outputs_do_not_depend_on_the_number_of_workers(f
     assert said[0] == said[1] == [f"[{n}/5] {folder}/{name}.png" for n, name in ((1, 0), (2, 1), (3, 2), (5, 3))]
 
 
-def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(folder, tmp_path):
-    for seed in range(4, 24):
-        Image.fromarray(lesion(seed=seed)[0]).save(folder / f"{seed}.png")
-    (folder / "2b.png").unlink()
-    out = tmp_path / "out"
-    command = [sys.executable, HERE / "unsegmedgat.py", folder, "-o", out, *QUICK, "--workers", "2"]
+def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path):
+    images, out = [tmp_path / f"{n:02}.png" for n in range(12)], tmp_path / "out"
+    for seed in [0, *range(3, 12)]:
+        Image.fromarray(lesion(seed=seed)[0]).save(images[seed])
+    pipes = []  # the second and third image: both workers wait for what never comes
+    for image in images[1:3]:
+        os.mkfifo(image)
+        pipes.append(os.open(image, os.O_RDWR))
+    command = [sys.executable, HERE / "unsegmedgat.py", *images, "-o", out, *QUICK, "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("[1/24]")
+    assert process.stdout.readline().startswith("[1/12]")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    for pipe in pipes:
+        os.close(pipe)  # the waiting workers read the end of a file, which is no image
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 130 and errors == (
         "ERROR: interrupted; what is written is whole, and --skip-existing goes on from here\n"
     )
     before = contents(out)
-    assert 0 < len(before) < 24 and all(Image.open(path).load() for path in out.iterdir())
+    assert 0 < len(before) < 10 and all(Image.open(path).load() for path in out.iterdir())
+    for image in images[1:3]:
+        image.unlink()
+        Image.fromarray(lesion()[0]).save(image)
     assert u.main([*map(str, command[2:]), "--skip-existing", "--quiet"]) == 0
     after = contents(out)
-    assert len(after) == 24 and before.items() <= after.items()
+    assert len(after) == 12 and before.items() <= after.items()
 
 
 def torchrun(*arguments):
@@ -1325,7 +1341,7 @@ def test_one_whole_run_with_every_method_and_output(dataset, tmp_path, capsys, c
     assert "not DINO" in caplog.text and "alone.jpg: has no partner" in caplog.text
     summary = json.loads((tmp_path / "s.json").read_text())
     assert summary["rows"]["unsegmedgat"]["iou"]["mean"] > 0.8 and summary["images"] == 3
-    assert Image.open(tmp_path / "s.png").size == (252, 816)  # best, median, worst: one of three images each
+    assert Image.open(tmp_path / "s.png").size == (312, 996)  # best, median, worst: one of three images each
 
 
 def test_a_killed_run_resumes_where_it_stopped(dataset, tmp_path, capsys):
@@ -1361,21 +1377,19 @@ def test_one_value_or_group_has_no_interval():
     assert low < 0.6 < high
 
 
-def test_two_processes_of_torchrun_print_the_same_table(dataset, tmp_path, capsys):
+def test_two_processes_of_torchrun_print_the_same_table_failures_included(dataset, tmp_path, capsys):
+    (dataset[0] / "s1_1.jpg").write_text("broken")
     arguments = [*map(str, dataset), *QUICK, "--quiet", "--methods", "unsegmedgat,unsegmedgatc"]
-    assert evaluator.main([*arguments, "--csv", str(tmp_path / "1.csv")]) == 0
+    assert evaluator.main([*arguments, "--csv", str(tmp_path / "1.csv")]) == 1
     one = capsys.readouterr().out
-    done = torchrun(HERE / "eval.py", *arguments, "--csv", tmp_path / "2.csv")
-    assert done.returncode == 0 and done.stdout == one
+    done = torchrun(HERE / "eval.py", *arguments, "--csv", tmp_path / "2.csv", "--json", tmp_path / "2.json")
+    assert done.returncode == 1 and done.stdout == one and "| unsegmedgatc | " in one
 
     def lines(name):  # without the seconds, in any order
         return sorted(line.split(",")[:-2] for line in (tmp_path / name).read_text().splitlines())
 
     assert lines("1.csv") == lines("2.csv")
-    (dataset[0] / "s1_1.jpg").write_text("broken")
-    done = torchrun(HERE / "eval.py", *arguments, "--csv", tmp_path / "3.csv", "--json", tmp_path / "3.json")
-    assert done.returncode == 1 and "| unsegmedgatc | " in done.stdout
-    assert json.loads((tmp_path / "3.json").read_text())["rows"]["unsegmedgat"]["failed"] == ["s1_1"]
+    assert json.loads((tmp_path / "2.json").read_text())["rows"]["unsegmedgat"]["failed"] == ["s1_1"]
 
 
 def test_blind_predictions_are_made_before_the_truth_is_read(dataset, monkeypatch, capsys):

@@ -943,10 +943,9 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
         row, column, radius = locate(features.cpu().unflatten(0, (h, w)), valid, given)
         place = (row + 0.5) * cell_y, (column + 0.5) * cell_x, radius * cell_y, radius * cell_x
         reach_y, reach_x = config.window * place[2], config.window * place[3]
+    reach_y, reach_x = max(PATCH, reach_y), max(PATCH, reach_x)  # at least one patch, in a corner too
     window = (max(0, round(place[0] - reach_y)), max(0, round(place[1] - reach_x)),
               min(height, round(place[0] + reach_y)), min(width, round(place[1] + reach_x)))  # fmt: skip
-    if min(window[2] - window[0], window[3] - window[1]) < PATCH:
-        raise ValueError(f"what is to be looked at, {window[3] - window[1]} x {window[2] - window[0]} px, is too small")
     return see(window, config.stride, valid, place=place, box=box is not None)
 
 
