@@ -826,14 +826,15 @@ def shared_parameters(pairs, run, quiet):
         for stem, (image, truth_path) in share.items():
             try:
                 rgb, seen, hint, backbone = frame(stem, image, truth_path, run)
-                scenes.append(look(rgb[seen], run, backbone, hint)[1:])
+                _, features, weights = look(rgb[seen], run, backbone, hint)
+                scenes.append((features.cpu(), weights.cpu()))
             except Exception as error:
                 log.debug("%s: %s", image, error)  # `evaluate` meets the same failure, and names the image
                 scenes.append(None)
             bar.update(1)
     config = collective(run.config)
     with torch.hub.tqdm(total=config.collective * len(pairs), desc="shared", disable=quiet) as bar:
-        return u.fit_collective(scenes, config, run.device, progress=lambda: bar.update(1))
+        return u.fit_collective(u.gather_all(scenes), config, run.device, progress=lambda: bar.update(1))
 
 
 def settings_of(run, options):

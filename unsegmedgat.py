@@ -606,47 +606,22 @@ def fit(features, adjacency, config=Config(), shared=None):
         return network(x, adjacency), losses
 
 
-def rank_and_world():
-    """The number of this process and how many there are in a torch.distributed run; (0, 1) without one."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def gather(value):
-    """The value of every rank of a torch.distributed run, in order; [value] without one."""
-    if not distributed.is_initialized():
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
-
-
 def fit_collective(images, config=Config(), device="cpu", progress=None):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
-    images: a sequence of features (N,C) with the weights (N,) of their nodes, N may differ; None is passed over. Each
-    graph is built anew when its turn comes, so that only one is in memory. progress: called after every step.
-    Under torch.distributed each rank gives its share, images[rank::world]. The steps follow one another as if one rank
-    had them all: whose image it is computes the gradients and broadcasts them, so that the parameters stay the same.
+    images: a sequence of f (N,C) with the weights (N,) of their nodes, N may differ; None is passed over. Each graph is
+    built anew when its turn comes, so that only one is in memory. progress: called after every step.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None where there is no image.
     """
-    widths = gather([image and image[0].shape[1] for image in images])  # C of every image of every rank
-    found = [width for share in widths for width in share if width]
-    if not found:
+    images = [image for image in images if image]
+    if not images:
         return None
-    rank, world = rank_and_world()
-    network, optimizer = new_network(found[0], config, device)
+    network, optimizer = new_network(images[0][0].shape[1], config, device)
     for _ in range(config.collective):
-        for turn in range(sum(map(len, widths))):
-            owner, index = turn % world, turn // world
-            if not widths[owner][index]:
-                continue
-            if owner == rank:
-                features, weights = images[index]
-                gradients(network, standardise(features), build_graph(features, config.tau, weights), config)
-            if world > 1:
-                for parameter in network.parameters():
-                    parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
-                    distributed.broadcast(parameter.grad, owner)
+        for features, weights in images:
+            features = features.to(device)
+            adjacency = build_graph(features, config.tau, None if weights is None else weights.to(device))
+            gradients(network, standardise(features), adjacency, config)
             optimizer.step()
             if progress:
                 progress()
@@ -1068,18 +1043,19 @@ def finish(view, assignment, config):
         soft = upsample(foreground, 4, rgb.shape[:2], (s, t), 4)  # (H',W',1), H' and W' of the window
     else:
         soft = upsample(foreground, view.stride, rgb.shape[:2], (s, t))
+    inside = 1.0
     if view.box:
         y, x, ry, rx = view.place
-        rows, columns = np.arange(y0, y1)[:, None] + 0.5, np.arange(x0, x1) + 0.5
-        soft = soft * ((abs(rows - y) < ry) & (abs(columns - x) < rx))[..., None]
-    inside = soft[..., :1] > 0
+        rows, columns = np.arange(y0, y1)[:, None, None] + 0.5, np.arange(x0, x1)[:, None] + 0.5
+        inside = (abs(rows - y) < ry) & (abs(columns - x) < rx)  # (H',W',1)
+    soft = soft * inside
     if config.clusters > 2:
         soft = np.concatenate([soft, upsample(assignment, view.stride, rgb.shape[:2], (s, t))], axis=2)
     if config.refine:
         soft = bilateral.solve(soft, rgb, smoothness=config.smoothness).astype(np.float32)
 
     labels, probability = np.zeros(view.rgb.shape[:2], np.uint8), np.zeros(view.rgb.shape[:2], np.float32)
-    probability[y0:y1, x0:x1] = (soft[..., :1].clip(0, 1) * (inside if view.box else 1))[..., 0]
+    probability[y0:y1, x0:x1] = (soft[..., :1].clip(0, 1) * inside)[..., 0]
     mask = probability > 0.5
     if config.clusters == 2:
         labels[mask] = 1
@@ -1460,6 +1436,26 @@ def worker_map(workers, images):
         pool.shutdown(cancel_futures=True)  # after an interrupt too, only what is begun is finished
 
 
+def rank_and_world():
+    """The number of this process and how many there are in a torch.distributed run; (0, 1) without one."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """The value of every rank of a torch.distributed run, in order; [value] without one."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_all(share):
+    """All items of a list that ranks share as [rank::world], in their order; the list itself without torchrun."""
+    parts = gather(share)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 @contextlib.contextmanager
 def ranks():
     """`rank_and_world` under torchrun, whose processes share the images."""
@@ -1502,12 +1498,13 @@ def run(options):
             for _, (image, _) in share:
                 try:
                     view, features = look(load_image(image), config, backbone, device, options.box, options.point)
-                    scenes.append((features, node_weights(view, config.prior).to(device)))
+                    scenes.append((features.cpu(), node_weights(view, config.prior)))
                 except Exception:  # of which `segment` will tell
                     scenes.append(None)
             quiet = options.quiet or rank > 0
             with torch.hub.tqdm(total=config.collective * len(plan), desc="shared", disable=quiet) as bar:
-                shared = fit_collective(scenes, config, device, progress=lambda: bar.update(1))
+                # Every rank takes all the steps, so that all have the same parameters.
+                shared = fit_collective(gather_all(scenes), config, device, progress=lambda: bar.update(1))
 
         most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
         how = {"box": options.box, "point": options.point, "device": str(device), "shared": shared, "weights": options.weights,
