@@ -1014,7 +1014,7 @@ def outline(view, foreground, config):
 
 
 def foreground_score(assignment, core):
-    """How much commoner each cluster is in the core than in the image as a whole: (K,), above 0 is foreground.
+    """How much commoner each cluster is in the core than in the window as a whole: (K,), above 0 is foreground.
 
     assignment (h,w,K); core (h,w) in [0,1], where the object most likely is. For K = 2 exactly one cluster is
     foreground, unless the clusters are alike. The rule is ours, as the paper states none; no ground truth is involved.
