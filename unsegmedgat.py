@@ -70,81 +70,54 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 class Config:
     """Every hyper-parameter, with its source. Each is a flag of the same name. Raises ValueError when out of range."""
 
-    size: int = setting(
-        224, "px of the shorter side that the features see; a multiple of 8", "authors' code", least=2 * PATCH
-    )
+    size: int = setting(224, "px of the features' shorter side, a multiple of 8", "authors' code", least=2 * PATCH)
     stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", (8, 4, 2))
     tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", above=0)
-    heads: int = setting(
-        4, "attention heads, eq. (4); must divide every width", "ours: the paper gives no number", least=1
-    )
-    widths: tuple[int, ...] = setting((128, 64), "m_r, the width of each parallel series of GATs", "paper, section III")
+    heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours, the paper gives none", least=1)
+    widths: tuple[int, ...] = setting((128, 64), "m_r, the width of each series of GATs", "paper, section III")
     layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III", least=1)
-    projection: int = setting(64, "M, the width in which the series are summed, eq. (5)", "paper, section III", least=1)
+    projection: int = setting(64, "M, the width in which they are summed, eq. (5)", "paper, section III", least=1)
     clusters: int = setting(2, "K; above 2 the mask is the union of the foreground clusters", "paper: a mask", least=2)
     activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
-    residual: bool = setting(
-        True, "each layer adds the node's own W x to what it gathers", "ours, as Velickovic et al. 2018 skip layers"
-    )
+    residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
     epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", least=1)
-    settled: float = setting(
-        0.01, "stop once three steps gain less than this share of the loss; 0: never", "ours; paper: 0", least=0
-    )
-    collective: int = setting(
-        0, "T0, how many of the epochs are passes with shared parameters: UnSegMedGATc", "paper", least=0
-    )
+    settled: float = setting(0.01, "stop once 3 steps gain less than this share of the loss", "ours; paper: 0", least=0)
+    collective: int = setting(0, "T0, how many epochs are passes with shared parameters", "paper: UnSegMedGATc", least=0)
     lr: float = setting(3e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
-    resolution: float = setting(
-        1.0, "g, the weight of the null model in the modularity", "paper; Reichardt 2006", least=0
-    )
-    balance: float = setting(
-        0.0, "b, the weight of the second term of eq. (8), for equal clusters", "ours; paper: 1", least=0
-    )
-    window: float = setting(
-        2.5, "radii of the located place from its centre to the sides of the window that is looked at", "ours", least=1
-    )
-    prior: float = setting(
-        1.0, "radii, the width of the nodes' weights around the place; 0: all alike", "ours", least=0
-    )
-    colour_steps: int = setting(8, "steps of the colour model that sharpens the outline; 0 for none", "ours", least=0)
-    trust: float = setting(
-        3.0, "gamma, the log-odds of a sure cluster beside those of the colours in these steps", "ours", least=0
-    )
+    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
+    balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
+    window: float = setting(2.5, "radii of the place from its centre to the window's sides", "ours", least=1)
+    prior: float = setting(1.0, "radii, the width of the nodes' weights around the place; 0: all alike", "ours", least=0)
+    colour_steps: int = setting(4, "steps of the colours that sharpen the outline; 0 for none", "ours", least=0)
+    trust: float = setting(3.0, "gamma, the log-odds of a sure cluster in these steps", "ours", least=0)
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code", least=0)
     invert: bool = setting(False, "swap foreground and background", "ours")
-    seed: int = setting(0, "of the network's first parameters", "ours")
+    seed: int = setting(0, "of the network's first parameters", "ours", least=0)
 
     def __post_init__(self):
+        object.__setattr__(self, "widths", tuple(self.widths))  # lists come from JSON
         for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            choices = limits["choices"]
-            kind = type(field.default)
-            if kind is tuple:  # lists come from JSON
-                object.__setattr__(self, field.name, value := tuple(value))
-            if kind is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
-            if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"{field.name} must be a whole number, got {value!r}")
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-            if limits["least"] is not None and value < limits["least"]:
-                raise ValueError(f"{field.name} must be at least {limits['least']}, got {value!r}")
-            if limits["above"] is not None and value <= limits["above"]:
-                raise ValueError(f"{field.name} must be above {limits['above']}, got {value!r}")
-        for name, good, want in [
-            ("size", self.size % PATCH == 0, f"a multiple of {PATCH}"),
-            ("tau", self.tau < 1, "below 1"),
-            ("widths", self.widths and all(w >= 1 and w % self.heads == 0 for w in self.widths),
-             f"positive multiples of the number of heads, {self.heads}"),
-            ("clusters", self.clusters <= 255, "at most 255"),
-            ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
-            ("collective", self.collective < self.epochs, f"below epochs, {self.epochs}"),
-        ]:  # fmt: skip
-            if not good:
-                raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
+            name, value, kind, limits = field.name, getattr(self, field.name), type(field.default), field.metadata
+            finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            for good, want in [
+                (kind is not float or finite, "a finite number"),
+                (kind is not int or finite and isinstance(value, int), "a whole number"),
+                (not limits["choices"] or value in limits["choices"], f"one of {limits['choices']}"),
+                (limits["least"] is None or finite and value >= limits["least"], f"at least {limits['least']}"),
+                (limits["above"] is None or finite and value > limits["above"], f"above {limits['above']}"),
+                (name != "size" or value % PATCH == 0, f"a multiple of {PATCH}"),
+                (name != "tau" or value < 1, "below 1"),
+                (name != "widths" or value and all(w >= 1 and w % self.heads == 0 for w in value),
+                 f"positive multiples of the number of heads, {self.heads}"),
+                (name != "clusters" or value <= 255, "at most 255"),
+                (name != "seed" or value < 2**32, "below 2^32"),
+                (name != "collective" or value < self.epochs, f"below epochs, {self.epochs}"),
+            ]:  # fmt: skip
+                if not good:
+                    raise ValueError(f"{name} must be {want}, got {value!r}")
 
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
@@ -365,17 +338,14 @@ def load_dino(weights=None, branch="teacher", progress=True):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
 
     model = VisionTransformer()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    wrong = [f"{name} missing" for name in shapes if name not in found]
-    wrong += [f"{n} is {found[n]}, not {shape}" for n, shape in shapes.items() if found.get(n, shape) != shape]
-    wrong += [f"{name} unexpected" for name in found if name not in shapes]
-    if wrong:
-        raise ValueError(f"{path}: not DINO's ViT-S/8, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:  # which tensors are missing, unexpected, of another shape
+        differs = " ".join(str(error).split("\n\t")[1:])[:200]
+        raise ValueError(f"{path}: not DINO's ViT-S/8: {differs}") from None
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite numbers; fetch the file anew")
-    model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
@@ -655,13 +625,13 @@ def border_weight(h, w):
 UNEVEN = 6  # grey levels, the spread of the light over an image from which on it is taken out rather than left
 
 
-def even_light(lab, weight, gently=False):
+def even_light(lab, weight):
     """Take uneven light and vignetting out of a Lab image (3,s,t): its deviations from a smooth surface, (3,s,t).
 
     The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
     so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
-    gently: where nobody knows what is background, a large object may bend the surface. Light falls off to all sides, so
-    it must not be darkest in the middle, and one that varies by less than about 6 grey levels is hardly taken out.
+    A large object may bend the surface: light falls off to all sides, so it must not be darkest in the middle, and one
+    that varies by less than about 6 grey levels is hardly taken out.
     """
 
     def basis(h, w):
@@ -677,22 +647,21 @@ def even_light(lab, weight, gently=False):
         deviation = cells - terms @ coefficients
         spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
         robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
-    if gently:
-        xx, xy, yy = coefficients[3:, 0].tolist()  # of the lightness, whose curvature is made negative
-        curvature, axes = torch.linalg.eigh(torch.tensor([[xx, xy / 2], [xy / 2, yy]]))
-        bent = (axes * curvature.clamp(max=0)) @ axes.T
-        coefficients[3:, 0] = torch.stack([bent[0, 0], 2 * bent[0, 1], bent[1, 1]])
-        spread = (terms @ coefficients)[weight > 0, 0].std(correction=0)
-        coefficients = coefficients * (spread**4 / (spread**4 + UNEVEN**4))
+    xx, xy, yy = coefficients[3:, 0].tolist()  # of the lightness, whose curvature is made negative
+    curvature, axes = torch.linalg.eigh(torch.tensor([[xx, xy / 2], [xy / 2, yy]]))
+    bent = (axes * curvature.clamp(max=0)) @ axes.T
+    coefficients[3:, 0] = torch.stack([bent[0, 0], 2 * bent[0, 1], bent[1, 1]])
+    spread = (terms @ coefficients)[weight > 0, 0].std(correction=0)
+    coefficients = coefficients * (spread**4 / (spread**4 + UNEVEN**4))
     return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
 
 
 def field_of_view(image):
     """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
 
-    Left out are the dark frame of an endoscope or dermatoscope; what differs sharply from the background's smooth
-    surface or has another hue, touches the border, stays near it and is not large: stickers, rulers; and violet ink,
-    anywhere, since tissue that is redder than its surround is yellower too: melanin and blood both absorb blue.
+    Left out are the dark frame of an endoscope or dermatoscope; what has another hue, touches the border, stays near it
+    and is not large: stickers, rulers; and violet ink, anywhere, since tissue that is redder than its surround is
+    yellower too: melanin and blood both absorb blue.
     """
     bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
     h, w = bright.shape
@@ -704,19 +673,15 @@ def field_of_view(image):
         return np.isin(pieces, [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most])
 
     dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
-    weight = border_weight(h, w) * torch.from_numpy(~dark)
-    lab = rgb_to_lab(image)
-    deviation = F.avg_pool2d(even_light(lab, weight), PATCH)  # (3,h,w)
-    spread = 1.4826 * deviation[:, weight > 0.3 * weight.max()].abs().median(1).values + 1
-    far = (deviation / spread[:, None, None]).norm(dim=0).numpy() > 6.8
-    fine = F.avg_pool2d(lab, PATCH // 2)  # pen strokes are thinner than a cell
-    fine = fine - fine[:, np.kron(~dark, np.ones((2, 2), bool))].median(1).values[:, None, None]
-    far |= F.avg_pool2d(fine[1:], 2).norm(dim=0).numpy() > 36
-    ink = F.max_pool2d(((fine[1] > 0) & (fine[1] - fine[2] > 25)).float()[None], 2)[0].numpy() > 0
-    objects = ndimage.binary_dilation(touching(far & ~dark, 0.6, 0.35) | ink)
-    if (dark | objects).mean() > 0.9:  # not a few marks: this is how the whole image looks
-        objects[:] = False
-    return torch.from_numpy(~(dark | objects)).float()
+    a, b = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH // 2).numpy()  # pen strokes are thinner than a cell
+    light = np.kron(~dark, np.ones((2, 2), bool))
+    a, b = a - np.median(a[light]), b - np.median(b[light])
+    coloured, ink = (F.max_pool2d(torch.from_numpy(x).float()[None], 2)[0].numpy() > 0
+                     for x in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))  # fmt: skip
+    marks = touching(coloured & ~dark, 0.6, 0.35) | ink
+    if (dark | marks).mean() > 0.9:  # not a few marks: this is how the whole image looks
+        marks[:] = False
+    return torch.from_numpy(~(dark | marks)).float()
 
 
 @dataclass(frozen=True)
@@ -769,7 +734,7 @@ class View:
         else:
             inside = self.allowed(PATCH) if self.box else F.max_pool2d(self.core(PATCH)[None], 3, 1, 1)[0]
             weight = (1 - inside) * (1 if self.box else self.allowed(PATCH)) + 1e-3
-        return even_light(rgb_to_lab(self.image), weight, gently=not self.box)
+        return even_light(rgb_to_lab(self.image), weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -834,7 +799,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
 # ---------------------------------------------------------------------------------------------------------------
 
 RADII = np.geomspace(0.07, 0.5, 9)  # of the discs that are tried, of the shorter side
-SIZE_FIRST, SIZE_NEXT = 0.6, 0.5  # powers of the radius in the scores: larger discs are preferred
+SIZE, SIZE_AT_POINT = 0.8, 0.4  # powers of the radius in the scores: larger discs are preferred, less so at a click
 NEAR = 0.4  # radii, how far the point may be from the middle of its disc
 
 
@@ -875,10 +840,11 @@ def locate(features, valid, point=None):
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
         return int(row), int(column), float(discs[number][0])
 
+    size = SIZE if point is None else SIZE_AT_POINT
     if point is None:
-        point = best(torch.stack([r**SIZE_FIRST * ring * far * inland * valid for r, ring, far in discs]))[:2]
+        point = best(torch.stack([r**SIZE * ring * far * inland * valid for r, ring, far in discs]))[:2]
     away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
-    return best(torch.stack([r**SIZE_NEXT * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
+    return best(torch.stack([r**size * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
 
 
 RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
@@ -959,49 +925,27 @@ def gaussian_log_ratio(colours, foreground, background):
     return logs[0] - logs[1]
 
 
-def moments_ellipse(weight, grow):
-    """The ellipse with the moments of weight (h,w), its axes times `grow`: (h,w), 1 on it, 0 in its centre."""
-    h, w = weight.shape
-    half = min(h, w) / 2
-    xy = torch.stack([torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)]).flatten(1) / half
-    weight = weight.flatten() / weight.sum()
-    centred = xy - (xy @ weight)[:, None]
-    covariance = 4 * grow**2 * ((centred * weight) @ centred.T + 0.05**2 * torch.eye(2))
-    squared = (centred * (torch.linalg.inv(covariance) @ centred)).sum(0)
-    return squared.clamp(min=1e-6).sqrt().unflatten(0, (h, w))
-
-
 def outline(view, foreground, config):
     """Sharpen the graph's foreground (s/4,t/4) in [0,1] by the colours: the probability of foreground (s/4,t/4).
 
-    Expectation maximisation with one Gaussian of Lab colours each for object and background, and a soft ellipse: the
-    map's own, or the one inscribed in the user's box. In each step the graph's assignment is evidence beside them: a
-    sure cluster wins, an unsure one is settled by the colours. Ours, in the manner of GrabCut (Rother et al. 2004)
-    without its graph cut, which the bilateral solver replaces.
+    Expectation maximisation with one Gaussian of Lab colours each for object and background, from the place on. In each
+    step the graph's assignment is evidence beside them: a sure cluster wins, an unsure one is settled by the colours.
+    Ours, in the manner of GrabCut (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
     """
-    h, w = foreground.shape
     colours = F.avg_pool2d(view.lab, 4).flatten(1).T / 10  # (P,3)
-    allowed, rho, evidence = view.allowed(4, 4), view.rho(4, 4), config.trust * (2 * foreground - 1)
+    allowed, evidence = view.allowed(4, 4), config.trust * (2 * foreground - 1)
+    if view.box:  # objects fill the ellipse inscribed in a box, more or less
+        evidence = evidence + 12 * (1 - view.rho(4, 4) / 1.05)
 
     def as_mask(p):
         return torch.from_numpy(clean_mask((p > 0.5).numpy(), config.components))
 
-    p = foreground * allowed
-    pieces = torch.from_numpy(ndimage.label((p > 0.5).numpy())[0]).long()
-    overlap = torch.bincount(pieces.flatten(), view.core(4, 4).flatten())[1:]
-    if config.components == 1 and overlap.any():  # start from the piece that the place points at
-        p = p * (pieces == overlap.argmax() + 1)
+    p = view.core(4, 4) * allowed
     for _ in range(config.colour_steps):
-        if view.box:  # the ring outside the box is surely background, what is inside only half as surely
-            ellipse = (8 * (1 - rho / 1.05)).clamp(-4, 4)
-            background = torch.where(allowed > 0, 0.5 * (1 - p), 1)
-        else:
-            ellipse = 2 * (1 - moments_ellipse((p > 0.5) + 1e-4, 1.1)).clamp(-2, 1)
-            background = (1 - p) * allowed
-        ratio = gaussian_log_ratio(colours, p.flatten(), background.flatten()).unflatten(0, (h, w))
-        p = torch.sigmoid(evidence + (ratio.clamp(-4, 4) if view.box else ratio) + ellipse) * allowed
-        if not view.box:
-            p = p * as_mask(p)
+        background = 1 - p if view.box else (1 - p) * allowed  # the ring around a box is surely background
+        ratio = gaussian_log_ratio(colours, p.flatten(), background.flatten()).view_as(p)
+        p = torch.sigmoid(evidence + ratio) * allowed
+        p = p * as_mask(p)
     # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
     mask = as_mask(p)
     p = ndimage.gaussian_filter(mask.float().numpy(), 0.1 * math.sqrt(mask.sum() / math.pi), mode="nearest")
@@ -1229,6 +1173,9 @@ def explain(result, config):
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
+KINDS = {"probability": "8 bit", "labels": "the clusters in colours", "overlay": "the mask on the image",
+         "explain": "the stages side by side", "mask": None}  # fmt: skip
+LOG_FORMAT = "%(levelname)s: %(message)s"
 
 
 def whole_numbers(count=None):
@@ -1252,11 +1199,12 @@ def add_config_flags(parser):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{info['help']}; default {shown} [{info['source']}]".replace("%", "%%")
         if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, tuple):
+            how = {"type": whole_numbers(), "metavar": "INT,INT"}
         else:
-            kind = whole_numbers() if isinstance(default, tuple) else type(default)
-            metavar = None if info["choices"] else "INT,INT" if isinstance(default, tuple) else kind.__name__.upper()
-            group.add_argument(flag, type=kind, choices=info["choices"], default=default, help=text, metavar=metavar)
+            how = {"type": type(default), "choices": info["choices"]}
+        group.add_argument(flag, default=default, help=text, **how)
 
 
 def add_backbone_flags(parser):
@@ -1279,22 +1227,21 @@ def build_parser():
         description="Unsupervised segmentation of medical photographs (UnSegMedGAT). Not a medical device.",
         epilog="Exit code: 0 all done, 1 some image failed, 2 wrong use.",
     )
-    parser.add_argument("images", nargs="+", type=Path, help="images, or folders of images")
-    parser.add_argument("-o", "--output", type=Path, required=True,
-                        help="the mask, a .png file, for one image; a folder for several: one .png per image")  # fmt: skip
-    parser.add_argument("--point", type=whole_numbers(2), metavar="X,Y", help="px, near the middle of the object")
-    parser.add_argument("--box", type=whole_numbers(4), metavar="X0,Y0,X1,Y1",
-                        help="px, a rectangle around the object; what lies outside it is background")  # fmt: skip
-    for kind, what in [("probability", "8 bit"), ("labels", "the clusters in colours"),
-                       ("overlay", "the mask on the image"), ("explain", "the stages side by side")]:  # fmt: skip
-        parser.add_argument(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, help="images, or folders of images")
+    add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
+    add("--point", type=whole_numbers(2), metavar="X,Y", help="px, near the middle of the object")
+    add("--box", type=whole_numbers(4), metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
+    for kind, what in KINDS.items():
+        if what:
+            add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
     add_backbone_flags(parser)
-    parser.add_argument("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
-    parser.add_argument("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that share several images, one thread each; "
-                        "default: one a core, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    parser.add_argument("--verbose", action="store_true", help="seconds of every stage")
+    add("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
+    add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
+    add("--workers", type=int, metavar="N", help="processes that share several images, one thread each; default: "
+        "one a core, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
+    add("--quiet", action="store_true", help="only warnings and errors")
+    add("--verbose", action="store_true", help="seconds of every stage")
     add_config_flags(parser)
     return parser
 
@@ -1313,42 +1260,33 @@ def is_image(path):
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def list_images(inputs):
-    """Every image named, and those in the folders named (not in folders below them), in order."""
-    found = []
-    for path in inputs:
+def plan_outputs(options):
+    """Pairs (image, {kind: output path}), checked before any work: one writer an output, and no output is an input."""
+    images, output = [], options.output
+    for path in options.images:
         inside = [p for p in sorted(path.iterdir()) if is_image(p)] if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: there is no image in this folder")
-        found += inside
-    return found
-
-
-def plan_outputs(options):
-    """Pairs (image, {kind: output path}), checked before any work: one writer an output, and no output is an input."""
-    images, output = list_images(options.images), options.output
-    single = len(options.images) == 1 and not options.images[0].is_dir() and not output.is_dir()
+        images += inside
+    single = images == options.images[:1] and not output.is_dir()
+    if single and output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: a mask's name ends in .png, or give an existing folder")
+    if not single and not output.is_dir() and output.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{output}: several images need a folder, and this is the name of an image")
     folder = output.parent if single else output
-    home = folder if single or folder.exists() else folder.parent  # what must be there already
-    for wrong, message in [
-        (single and output.suffix.lower() != ".png", f"{output}: a mask's name ends in .png, or give an existing folder"),
-        (not single and not output.is_dir() and output.suffix.lower() in SUFFIXES,
-         f"{output}: several images need a folder, and this is the name of an image"),
-        (not home.is_dir(), f"{home}: there is no such folder; create it first"),
-        (not os.access(home, os.W_OK), f"{home}: no permission to write there"),
-    ]:  # fmt: skip
-        if wrong:
-            raise ValueError(message)
+    there = folder if single or folder.exists() else folder.parent
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{there}: there is no such folder, or no permission to write there")
 
-    kinds = [kind for kind in ("probability", "labels", "overlay", "explain") if getattr(options, kind)] + ["mask"]
-    plan, writer, sources = [], {}, {image.resolve() for image in images}
+    kinds = [kind for kind, what in KINDS.items() if not what or getattr(options, kind)]
+    plan, writer = [], {image.resolve(): None for image in images}
     for image in images:
         mask = output if single else folder / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
             other = writer.setdefault(path.resolve(), image)
-            if path.resolve() in sources or path.is_dir():
-                what = "a folder" if path.is_dir() else "an input"
+            if other is None or path.is_dir():
+                what = "an input" if other is None else "a folder"
                 raise ValueError(f"{path}: would be written, but it is {what}; choose another output")
             if other is not image:
                 raise ValueError(f"{path}: would be written for both {other} and {image}; rename one or run them apart")
@@ -1368,25 +1306,19 @@ def whole(path):
         part.unlink(missing_ok=True)
 
 
-def write_outputs(outputs, result, config):
-    """The files asked for, the mask last, so that its presence says that the image is done."""
-
-    def labels():
-        picture = Image.fromarray(result.labels)
-        # The pixel is the label, the palette makes it visible; a full one, or Pillow saves fewer bits.
-        picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])
-        return picture
-
-    draw = {
-        "mask": lambda: Image.fromarray(result.mask.astype(np.uint8) * 255),
-        "probability": lambda: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8)),
-        "labels": labels,
-        "overlay": lambda: overlay(result.view.rgb, result.mask),
-        "explain": lambda: explain(result, config),
-    }
-    for kind, path in outputs.items():
-        with whole(path) as part:
-            draw[kind]().save(part, format="PNG")
+def draw(kind, result, config):
+    """An output as a PIL image."""
+    if kind == "overlay":
+        return overlay(result.view.rgb, result.mask)
+    if kind == "explain":
+        return explain(result, config)
+    if kind == "probability":
+        return Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))
+    if kind == "mask":
+        return Image.fromarray(result.mask.astype(np.uint8) * 255)
+    picture = Image.fromarray(result.labels)  # the pixel is the label, the palette makes it visible
+    picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])  # a full one, or Pillow saves fewer bits
+    return picture
 
 
 def reason(error):
@@ -1396,19 +1328,17 @@ def reason(error):
 
 def segment_to_files(task):
     """One image from file to files, here or in a worker: (what to say of it, None), or (None, why it failed)."""
-    image, outputs, config, how = task
+    image, outputs, config, how, verbose = task
     start = time.perf_counter()
     try:
         result = segment(image, config, **how)
-        write_outputs(outputs, result, config)
+        for kind, path in outputs.items():  # the mask last, so that its presence says that the image is done
+            with whole(path) as part:
+                draw(kind, result, config).save(part, format="PNG")
     except Exception as error:  # whatever becomes of one image, the others go on
         return None, reason(error)
-    seconds = ", ".join(f"{stage} {t:.2f} s" for stage, t in result.seconds.items())
     said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, {time.perf_counter() - start:.1f} s"
-    return (said, seconds), None
-
-
-LOG_FORMAT = "%(levelname)s: %(message)s"
+    return said + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
 
 
 def start_worker():
@@ -1443,10 +1373,9 @@ def rank_and_world():
 
 def gather(value):
     """The value of every rank of a torch.distributed run, in order; [value] without one."""
-    if not distributed.is_initialized():
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+    values = [value] * rank_and_world()[1]
+    if distributed.is_initialized():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -1459,66 +1388,61 @@ def gather_all(share):
 @contextlib.contextmanager
 def ranks():
     """`rank_and_world` under torchrun, whose processes share the images."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield rank_and_world()
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(timeout=timedelta(days=1))  # they wait for the slowest; torchrun minds the dead
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group(timeout=timedelta(days=1))  # they wait for the slowest; torchrun minds the dead
     try:
         yield rank_and_world()
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def shared_parameters(images, config, backbone, device, hints, quiet):
+    """The first phase of UnSegMedGATc for this rank's images, with those of the others: what `fit` takes as `shared`."""
+    scenes = []
+    for image in images:
+        try:
+            view, features = look(load_image(image), config, backbone, device, **hints)
+            scenes.append((features.cpu(), node_weights(view, config.prior)))
+        except Exception:  # of which `segment` will tell
+            scenes.append(None)
+    scenes = gather_all(scenes)  # every rank takes all the steps, so that all have the same parameters
+    with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=quiet) as bar:
+        return fit_collective(scenes, config, device, progress=lambda: bar.update(1))
 
 
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
-    config = config_from(options)
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"workers must be at least 1, got {options.workers}")
-    plan = plan_outputs(options)
+    config, plan, hints = config_from(options), plan_outputs(options), {"box": options.box, "point": options.point}
     with ranks() as (rank, world):
-        share = list(enumerate(plan, 1))[rank::world]
-        todo = share
-        if options.skip_existing:
-            todo = [
-                (n, (image, outputs)) for n, (image, outputs) in share if not all(p.exists() for p in outputs.values())
-            ]
-            if len(todo) < len(share) and not options.quiet:
-                print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
+        share = [(n, image, outputs) for n, (image, outputs) in enumerate(plan, 1)][rank::world]
+        todo = [task for task in share if not (options.skip_existing and all(p.exists() for p in task[2].values()))]
+        if len(todo) < len(share) and not options.quiet:
+            print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
         if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
             return 0
         device = pick_device(options.device)
         backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
         if len(set(gather(backbone.name))) > 1:
             raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
-        shared = None
+        how = hints | {"device": str(device), "weights": options.weights, "branch": options.branch,
+                       "backbone": backbone.name if len(plan) > 1 else backbone}  # fmt: skip
         if config.collective:  # over all the images, so that going on after an interruption changes nothing
-            scenes = []
-            for _, (image, _) in share:
-                try:
-                    view, features = look(load_image(image), config, backbone, device, options.box, options.point)
-                    scenes.append((features.cpu(), node_weights(view, config.prior)))
-                except Exception:  # of which `segment` will tell
-                    scenes.append(None)
-            quiet = options.quiet or rank > 0
-            with torch.hub.tqdm(total=config.collective * len(plan), desc="shared", disable=quiet) as bar:
-                # Every rank takes all the steps, so that all have the same parameters.
-                shared = fit_collective(gather_all(scenes), config, device, progress=lambda: bar.update(1))
-
+            images = [image for _, image, _ in share]
+            how["shared"] = shared_parameters(images, config, backbone, device, hints, options.quiet or rank > 0)
         most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
-        how = {"box": options.box, "point": options.point, "device": str(device), "shared": shared, "weights": options.weights,
-               "branch": options.branch, "backbone": backbone.name if len(plan) > 1 else backbone}  # fmt: skip
-        tasks, failures = [(image, outputs, config, how) for _, (image, outputs) in todo], []
-        with worker_map(options.workers or most, len(plan)) as in_order:
-            for (number, (image, outputs)), (said, why) in zip(todo, in_order(segment_to_files, tasks)):
+        workers = most if options.workers is None else options.workers
+        tasks, failures = [(image, outputs, config, how, options.verbose) for _, image, outputs in todo], []
+        with worker_map(workers, len(plan)) as in_order:
+            for (number, image, outputs), (said, why) in zip(todo, in_order(segment_to_files, tasks)):
                 if why:
                     failures.append(image)
                     log.error("%s: %s", image, why)
                 elif not options.quiet:
-                    said = ", ".join(said if options.verbose else said[:1])
                     print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
-        failures = [image for part in gather(failures) for image in part]
+        failures = sum(gather(failures), [])
     if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
         return 0
     if failures and len(plan) > 1:
@@ -1529,9 +1453,8 @@ def run(options):
 def main(argv=None):
     """The command line; returns the exit code."""
     logging.basicConfig(format=LOG_FORMAT)
-    options = parse_options(build_parser(), argv)
     try:
-        return run(options)
+        return run(parse_options(build_parser(), argv))
     except BrokenProcessPool:
         log.error("a worker process died, perhaps out of memory: use fewer --workers, and --skip-existing to go on")
         return 1
