@@ -799,7 +799,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
 # ---------------------------------------------------------------------------------------------------------------
 
 RADII = np.geomspace(0.07, 0.5, 9)  # of the discs that are tried, of the shorter side
-SIZE, SIZE_AT_POINT = 0.8, 0.4  # powers of the radius in the scores: larger discs are preferred, less so at a click
+SIZE_FIRST, SIZE_NEXT = 0.6, 0.5  # powers of the radius in the scores: larger discs are preferred
 NEAR = 0.4  # radii, how far the point may be from the middle of its disc
 
 
@@ -840,11 +840,10 @@ def locate(features, valid, point=None):
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
         return int(row), int(column), float(discs[number][0])
 
-    size = SIZE if point is None else SIZE_AT_POINT
     if point is None:
-        point = best(torch.stack([r**SIZE * ring * far * inland * valid for r, ring, far in discs]))[:2]
+        point = best(torch.stack([r**SIZE_FIRST * ring * far * inland * valid for r, ring, far in discs]))[:2]
     away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
-    return best(torch.stack([r**size * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
+    return best(torch.stack([r**SIZE_NEXT * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
 
 
 RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
@@ -858,36 +857,32 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     Raises ValueError for a box or point not in the image, or both.
     """
     height, width = rgb.shape[:2]
-    if box is not None and point is not None:
+    x0, y0, x1, y1 = box or (*point, point[0] + 1, point[1] + 1) if box or point else (0, 0, width, height)
+    if box and point:
         raise ValueError("a box tells the place already: leave the point out")
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        form = "box must be x0 < x1, y0 < y1" if box else "point must be"
+        raise ValueError(f"the {form} inside the image, {width} x {height}; got {','.join(map(str, box or point))}")
 
-    def see(window, stride, valid=None, **place):
-        y0, x0, y1, x1 = window
-        image, grid = resize_image(rgb[y0:y1, x0:x1], config.size, stride)
-        view = View(rgb, window, image, grid, stride, field_of_view(image) if valid is None else valid, **place)
+    def see(window, stride, valid=None, place=None):
+        top, left, bottom, right = window
+        image, grid = resize_image(rgb[top:bottom, left:right], config.size, stride)
+        view = View(rgb, window, image, grid, stride, field_of_view(image) if valid is None else valid, place, bool(box))
         return view, F.normalize(backbone.extract(view).to(device), dim=1)
 
-    if box is not None:
-        x0, y0, x1, y1 = map(int, box)
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"the box {x0},{y0},{x1},{y1} must be x0 < x1, y0 < y1 inside the image, {width} x {height}")
-        place = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
-        ring_y, ring_x = max(RING, round(0.3 * (y1 - y0))), max(RING, round(0.3 * (x1 - x0)))
-        reach_y, reach_x, valid = (y1 - y0) / 2 + ring_y, (x1 - x0) / 2 + ring_x, torch.ones(1, 1)
+    if box:
+        place, valid = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), torch.ones(1, 1)
+        reach = [half + max(RING, 0.6 * half) for half in place[2:]]
     else:
-        if point is not None and not (0 <= point[0] < width and 0 <= point[1] < height):
-            raise ValueError(f"the point {point[0]},{point[1]} must lie inside the image, {width} x {height}")
         whole, features = see((0, 0, height, width), PATCH)
-        h, w = whole.grid
-        cell_y, cell_x, valid = height / h, width / w, whole.valid
-        given = point and ((point[1] + 0.5) / cell_y - 0.5, (point[0] + 0.5) / cell_x - 0.5)
-        row, column, radius = locate(features.cpu().unflatten(0, (h, w)), valid, given)
+        cell_y, cell_x, valid = height / whole.grid[0], width / whole.grid[1], whole.valid
+        given = point and ((y0 + 0.5) / cell_y - 0.5, (x0 + 0.5) / cell_x - 0.5)
+        row, column, radius = locate(features.cpu().unflatten(0, whole.grid), valid, given)
         place = (row + 0.5) * cell_y, (column + 0.5) * cell_x, radius * cell_y, radius * cell_x
-        reach_y, reach_x = config.window * place[2], config.window * place[3]
-    reach_y, reach_x = max(PATCH, reach_y), max(PATCH, reach_x)  # at least one patch, in a corner too
-    window = (max(0, round(place[0] - reach_y)), max(0, round(place[1] - reach_x)),
-              min(height, round(place[0] + reach_y)), min(width, round(place[1] + reach_x)))  # fmt: skip
-    return see(window, config.stride, valid, place=place, box=box is not None)
+        reach = [max(PATCH, config.window * half) for half in place[2:]]  # at least one patch, in a corner too
+    (y, x), (dy, dx) = place[:2], reach
+    window = max(0, round(y - dy)), max(0, round(x - dx)), min(height, round(y + dy)), min(width, round(x + dx))
+    return see(window, config.stride, valid, place)
 
 
 def node_weights(view, width):
