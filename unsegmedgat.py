@@ -20,18 +20,16 @@ import dataclasses
 import functools
 import logging
 import math
-import multiprocessing
 import os
-import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -146,9 +144,7 @@ def load_image(source):
             raise ImageError(f"an array must be uint8 of shape (H,W) or (H,W,3), got {source.dtype} {source.shape}")
         source = Image.fromarray(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
@@ -535,12 +531,13 @@ def standardise(features):
     return x * (LENGTH / x.square().sum(1).mean().sqrt().clamp(min=1e-12))
 
 
+SEEDING = threading.Lock()  # torch's random state is one for all threads
 SOONEST = 10  # epochs before a fit may stop: the first ones may gain little
 
 
 def new_network(in_features, config, device):
     """The seeded network and its optimiser."""
-    with torch.random.fork_rng(devices=[]):
+    with SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = UnSegMedGAT(in_features, config).to(device)
     return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -1233,8 +1230,8 @@ def build_parser():
     add_backbone_flags(parser)
     add("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
     add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
-    add("--workers", type=int, metavar="N", help="processes that share several images, one thread each; default: "
-        "one a core, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
+    add("--workers", type=int, metavar="N", help="threads that share several images; default: one a core, at most 4 "
+        "on a GPU. Of no influence on the outputs")  # fmt: skip
     add("--quiet", action="store_true", help="only warnings and errors")
     add("--verbose", action="store_true", help="seconds of every stage")
     add_config_flags(parser)
@@ -1321,9 +1318,8 @@ def reason(error):
     return str(error).split("\n")[0] or type(error).__name__
 
 
-def segment_to_files(task):
-    """One image from file to files, here or in a worker: (what to say of it, None), or (None, why it failed)."""
-    image, outputs, config, how, verbose = task
+def segment_to_files(image, outputs, config, how, verbose):
+    """One image from file to files: (what to say of it, None), or (None, why it failed)."""
     start = time.perf_counter()
     try:
         result = segment(image, config, **how)
@@ -1336,29 +1332,23 @@ def segment_to_files(task):
     return said + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
 
 
-def start_worker():
-    """What a worker process does first. Ctrl-C is its parent's business: the worker finishes the image at hand."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(format=LOG_FORMAT)
-
-
 @contextlib.contextmanager
 def worker_map(workers, images):
-    """A `map` over images that keeps their order: in this process for one, else in so many worker processes.
+    """A `map` over images that keeps their order: in this thread for one image, else in so many threads.
 
-    A worker has one thread: two that share a core with other programs wait for each other, up to 30 times slower. And
-    sums in one order give the same bytes whatever the number of workers.
+    Each then computes alone (torch lets go of Python's lock for its operations), as two threads that share one operation
+    wait for each other; and sums in one order give the same bytes whatever the number of workers.
     """
     if images == 1:
         yield map
         return
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch and NumPy as the workers import them; here it is too late
-    # A fork would inherit the locks of threads that it does not have.
-    pool = ProcessPoolExecutor(min(workers, images), multiprocessing.get_context("spawn"), start_worker)
+    before, pool = torch.get_num_threads(), ThreadPoolExecutor(workers)
+    torch.set_num_threads(1)
     try:
         yield pool.map
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt too, only what is begun is finished
+        pool.shutdown(cancel_futures=True)  # after an interrupt only what is begun is finished
+        torch.set_num_threads(before)
 
 
 def rank_and_world():
@@ -1422,16 +1412,16 @@ def run(options):
         backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
         if len(set(gather(backbone.name))) > 1:
             raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
-        how = hints | {"device": str(device), "weights": options.weights, "branch": options.branch,
-                       "backbone": backbone.name if len(plan) > 1 else backbone}  # fmt: skip
+        how = hints | {"device": device, "backbone": backbone}
         if config.collective:  # over all the images, so that going on after an interruption changes nothing
             images = [image for _, image, _ in share]
             how["shared"] = shared_parameters(images, config, backbone, device, hints, options.quiet or rank > 0)
         most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
         workers = most if options.workers is None else options.workers
-        tasks, failures = [(image, outputs, config, how, options.verbose) for _, image, outputs in todo], []
+        failures = []
         with worker_map(workers, len(plan)) as in_order:
-            for (number, image, outputs), (said, why) in zip(todo, in_order(segment_to_files, tasks)):
+            done = in_order(lambda task: segment_to_files(*task[1:], config, how, options.verbose), todo)
+            for (number, image, outputs), (said, why) in zip(todo, done):
                 if why:
                     failures.append(image)
                     log.error("%s: %s", image, why)
@@ -1448,11 +1438,9 @@ def run(options):
 def main(argv=None):
     """The command line; returns the exit code."""
     logging.basicConfig(format=LOG_FORMAT)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own limit
     try:
         return run(parse_options(build_parser(), argv))
-    except BrokenProcessPool:
-        log.error("a worker process died, perhaps out of memory: use fewer --workers, and --skip-existing to go on")
-        return 1
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", reason(error))
         return 2
