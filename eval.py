@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ import platform
 import re
 import sys
 import time
+import timeit
 import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -55,25 +57,14 @@ log = logging.getLogger("eval")
 # Methods: (features X (N,C), adjacency A (N,N), config) -> assignment (N,K), rows summing to 1
 # ---------------------------------------------------------------------------------------------------------------
 
-METHODS = {}
-
-
-def method(name):
-    """Enter a function as the method `name`; that is all it takes to add one."""
-    return lambda function: METHODS.setdefault(name, function)
-
-
 SHIPPED = "as-shipped"  # the row that keeps the config's colour steps; the others go without
 
 
-@method("unsegmedgat")
-@method(SHIPPED)
 def unsegmedgat(features, adjacency, config):
     """The paper's method, each image alone: what `unsegmedgat.segment` does."""
     return u.fit(features, adjacency, config)[0]
 
 
-@method("unsegmedgatc")
 def unsegmedgatc(features, adjacency, config, shared):
     """The paper's collective method, from the parameters `shared` of `unsegmedgat.fit_collective`."""
     return u.fit(features, adjacency, collective(config), shared)[0]
@@ -87,7 +78,6 @@ def collective(config):
 RESTARTS = 10  # of k-means; the best is kept
 
 
-@method("vit-kmeans")
 def kmeans(features, adjacency, config):
     """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007) on the features; the graph is not used."""
     x = features.cpu().numpy().astype(np.float64)
@@ -109,12 +99,10 @@ def normalise(adjacency):
 
     The symmetric normalisation of Kipf and Welling 2017. Their A + I is here A itself: eq. (1) has the self-loops.
     """
-    degree = adjacency.sum(1)
-    scale = torch.where(degree > 0, degree.clamp(min=1e-12).rsqrt(), 0)
+    scale = adjacency.sum(1).clamp(min=1e-12).rsqrt()
     return scale[:, None] * adjacency * scale
 
 
-@method("dsm")
 def dsm(features, adjacency, config):
     """Deep spectral methods (Melas-Kyriazi et al. 2022): the Fiedler vector of the normalised Laplacian, split at 0.
 
@@ -167,37 +155,26 @@ class Arma(nn.Module):
         return state.mean(0)
 
 
-class Clusterer(nn.Module):
-    """One graph convolution, then a perceptron with one hidden layer, to K soft clusters. The widths are ours."""
+def optimise(convolution, loss, features, propagation, config):
+    """Minimise loss(assignment) over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
 
-    def __init__(self, convolution, config):
-        super().__init__()
-        self.convolution = convolution
-        width, activation = config.projection, u.ACTIVATIONS[config.activation]()
-        self.perceptron = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, config.clusters))
-
-    def forward(self, x, propagation):  # (N,C), (N,N) -> (N,K)
-        return self.perceptron(self.convolution(x, propagation)).softmax(1)
-
-
-def optimise(convolution, loss, features, adjacency, config):
-    """Minimise loss(assignment, A, normalised A) over a Clusterer, for all epochs: the assignment (N,K).
-
-    convolution: a class, called with the widths in and out and the activation; it gets the normalised A.
+    convolution: a class, called with the widths in and out and the activation. propagation: normalised A (N,N). The
+    widths, and the one hidden layer of the perceptron, are ours.
     """
-    propagation = normalise(adjacency)
+    width, activation = config.projection, u.ACTIVATIONS[config.activation]()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        layer = convolution(features.shape[1], config.projection, u.ACTIVATIONS[config.activation]())
-        network = Clusterer(layer, config).to(features.device)
+        layer = convolution(features.shape[1], width, activation)
+        perceptron = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, config.clusters))
+    network = nn.ModuleList([layer, perceptron]).to(features.device)
     x = u.standardise(features)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     for _ in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
-        loss(network(x, propagation), adjacency, propagation).backward()
+        loss(perceptron(layer(x, propagation)).softmax(1)).backward()
         optimizer.step()
     with torch.no_grad():
-        return network(x, propagation)
+        return perceptron(layer(x, propagation)).softmax(1)
 
 
 def mincut_loss(assignment, propagation):
@@ -210,32 +187,35 @@ def mincut_loss(assignment, propagation):
     return -within / volume.clamp(min=1e-12) + balance
 
 
-@method("mincutpool")
 def mincutpool(features, adjacency, config):
     """MinCutPool (Bianchi et al. 2020), its pooling layer optimised for one image alone."""
-    convolution = functools.partial(Convolution, skip=True)
-    return optimise(convolution, lambda s, _, normalised: mincut_loss(s, normalised), features, adjacency, config)
+    convolution, propagation = functools.partial(Convolution, skip=True), normalise(adjacency)
+    return optimise(convolution, lambda s: mincut_loss(s, propagation), features, propagation, config)
 
 
-@method("unseggnet")
-def unseggnet(features, adjacency, config):
-    """UnSegGNet (Reddy et al. 2024): a graph convolution (Kipf and Welling 2017) and the modularity loss, eq. (8)."""
-    return optimise(Convolution, modularity(config), features, adjacency, config)
+def modularity(features, adjacency, config, convolution):
+    """A graph convolution and the modularity loss, eq. (8).
+
+    With that of Kipf and Welling 2017 it is UnSegGNet, with ARMA UnSeGArmaNet (both Reddy et al. 2024).
+    """
+    return optimise(convolution, lambda s: u.modularity_loss(s, adjacency, config.resolution, config.balance),
+                    features, normalise(adjacency), config)  # fmt: skip
 
 
-@method("unsegarmanet")
-def unsegarmanet(features, adjacency, config):
-    """UnSeGArmaNet (Reddy et al. 2024): an ARMA convolution (Bianchi et al. 2021) and the modularity loss, eq. (8)."""
-    return optimise(Arma, modularity(config), features, adjacency, config)
-
-
-def modularity(config):
-    """The paper's loss in the form that `optimise` takes."""
-    return lambda assignment, adjacency, _: u.modularity_loss(assignment, adjacency, config.resolution, config.balance)
+METHODS = {  # one more line adds a method
+    SHIPPED: unsegmedgat,
+    "unsegmedgat": unsegmedgat,
+    "unsegmedgatc": unsegmedgatc,
+    "vit-kmeans": kmeans,
+    "dsm": dsm,
+    "mincutpool": mincutpool,
+    "unseggnet": functools.partial(modularity, convolution=Convolution),
+    "unsegarmanet": functools.partial(modularity, convolution=Arma),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows that cost nothing
+# Beside the methods: rows that cost nothing, and the features of a backbone that knows the object
 # ---------------------------------------------------------------------------------------------------------------
 
 CENTRED = 0.25  # semi-axes of the centred ellipse, as a share of the image's sides; one figure for all data
@@ -251,34 +231,30 @@ def ellipse(shape, box):
 
 
 def free_rows(protocol, shape, hint):
-    """{row: mask (H,W)} of the guesses that look at no pixel. hint: the point or box in the pixels of `shape`, or None."""
+    """{row: mask (H,W)} of guesses that look at no pixel. hint: the point or box in the pixels of `shape`, or None."""
     (h, w), everything = shape, np.ones(shape, bool)
+    name, box = "inscribed ellipse", hint
     if protocol == "blind":
         low, high = 0.5 - CENTRED, 0.5 + CENTRED
-        return {EVERYTHING: everything, "centred ellipse": ellipse(shape, (low * w, low * h, high * w, high * h))}
-    if protocol == "point":
+        name, box = "centred ellipse", (low * w, low * h, high * w, high * h)
+    elif protocol == "point":
         x, y, r = hint[0] + 0.5, hint[1] + 0.5, AROUND * min(shape)
-        return {EVERYTHING: everything, "disc at the point": ellipse(shape, (x - r, y - r, x + r, y + r))}
-    x0, y0, x1, y1 = hint
-    if protocol == "box":  # nobody who was given a box would mark what lies outside it
-        everything[:] = False
-        everything[y0:y1, x0:x1] = True
-    return {EVERYTHING: everything, "inscribed ellipse": ellipse(shape, hint)}
+        name, box = "disc at the point", (x - r, y - r, x + r, y + r)
+    elif protocol == "box":  # nobody who was given a box would mark what lies outside it
+        y, x = np.ogrid[:h, :w]
+        everything = (y >= box[1]) & (y < box[3]) & (x >= box[0]) & (x < box[2])
+    return {EVERYTHING: everything, name: ellipse(shape, box)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Planted features: what a backbone would see that knows the object
-# ---------------------------------------------------------------------------------------------------------------
-
-REGIONS = 4  # of the background
+REGIONS = 4  # of the background of planted features
 
 
 def plant(truth, noise, seed):
-    """A Backbone whose features come from the ground truth (H,W) bool, so that pipeline and backbone can be judged apart.
+    """A Backbone whose features come from the truth (H,W) bool, so that pipeline and backbone can be judged apart.
 
     For a patch that the object covers to the share c in [0,1], in region l of the photograph's own colours and places,
-    f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384), with o = 0.35 e0 + 0.94 e1; e0, e1 and r_1..r_4 are random
-    unit directions in 384 dimensions, the same for all images, and g is standard normal. seed: of g, a list.
+    f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384), with o = 0.35 e0 + 0.94 e1; e0, e1 and r_1..r_4 are
+    random unit directions in 384 dimensions, the same for all images, and g is standard normal. seed: of g, a list.
     """
     directions = np.random.default_rng(0).standard_normal((2 + REGIONS, 384))
     e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
@@ -399,17 +375,15 @@ def pair_files(images, masks):
     folders may be the same: what ends like a mask is one. Raises ValueError for two files of one name, or no pair.
     """
     image_paths, mask_paths = files_below(images), files_below(masks)
-    both = set(image_paths) & set(mask_paths)
-    image_paths = [p for p in image_paths if p not in both or not MASK_SUFFIX.search(p.stem)]
-    mask_paths = [p for p in mask_paths if p not in both or MASK_SUFFIX.search(p.stem)]
-    image_of, mask_of = by_stem(image_paths, False), by_stem(mask_paths, True)
+    both = {*image_paths} & {*mask_paths}
+    marked = {path for path in both if MASK_SUFFIX.search(path.stem)}
+    image_of = by_stem([path for path in image_paths if path not in marked], False)
+    mask_of = by_stem([path for path in mask_paths if path not in both - marked], True)
     pairs = {stem: (path, mask_of[stem]) for stem, path in image_of.items() if stem in mask_of}
     if not pairs:
-        raise ValueError(
-            f"{images}, {masks}: no image and mask have the same name, as a.jpg and a.png or a_mask.png have"
-        )
-    alone = [p for p in image_paths if p.stem not in pairs] + [p for stem, p in mask_of.items() if stem not in pairs]
-    return pairs, alone
+        names = "as a.jpg and a.png or a_mask.png have"
+        raise ValueError(f"{images}, {masks}: no image and mask have the same name, {names}")
+    return pairs, [path for table in (image_of, mask_of) for stem, path in table.items() if stem not in pairs]
 
 
 def load_mask(path, shape=None):
@@ -436,29 +410,25 @@ def load_mask(path, shape=None):
 
 
 def bounding_box(mask):
-    """The box (x0, y0, x1, y1) of a mask, ends excluded. Raises unsegmedgat.ImageError for an empty one."""
-    if not mask.any():
-        raise u.ImageError("the ground truth is empty, so it has no place: use --protocol blind, or leave the image out")
-    (y0, y1), (x0, x1) = ((line.nonzero()[0].min(), line.nonzero()[0].max() + 1) for line in (mask.any(1), mask.any(0)))
-    return int(x0), int(y0), int(x1), int(y1)
+    """The box (x0, y0, x1, y1) of a mask that is not empty, ends excluded."""
+    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return columns.start, rows.start, columns.stop, rows.stop
 
 
 def inner_point(mask):
-    """The pixel (x, y) of a mask nearest its centroid. Raises unsegmedgat.ImageError for an empty one."""
-    bounding_box(mask)
+    """The pixel (x, y) nearest the centroid of a mask that is not empty."""
     inside = np.argwhere(mask)
     y, x = inside[np.square(inside - inside.mean(0)).sum(1).argmin()]
     return int(x), int(y)
 
 
 def jittered(hint, jitter, shape, seed):
-    """A point, or each side of a box, moved by up to `jitter` px; kept inside an image of shape (H,W), a box not empty."""
+    """A point, or each side of a box, moved by up to `jitter` px; kept inside an image (H,W), a box not empty."""
     moved = np.array(hint) + np.random.default_rng(seed).integers(-jitter, jitter + 1, size=len(hint))
-    if len(hint) == 2:
-        return tuple(moved.clip(0, [shape[1] - 1, shape[0] - 1]).tolist())
-    x0, y0 = moved[:2].clip(0, [shape[1] - 1, shape[0] - 1])
-    x1, y1 = moved[2:].clip([x0 + 1, y0 + 1], shape[::-1])
-    return int(x0), int(y0), int(x1), int(y1)
+    moved[:2] = moved[:2].clip(0, [shape[1] - 1, shape[0] - 1])
+    if len(hint) == 4:
+        moved[2:] = moved[2:].clip(moved[:2] + 1, shape[::-1])
+    return tuple(moved.tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -469,7 +439,8 @@ PROTOCOLS = {
     "blind": "the whole image; no ground truth reaches a method",
     "point": "USES GROUND TRUTH: its pixel nearest its centroid is given, as a user would click",
     "box": "USES GROUND TRUTH: its bounding box is given, as a user would draw it",
-    "official": f"USES GROUND TRUTH: cropped to its bounding box + {u.RING} px, and the better of mask and inverse is kept",
+    "official": f"USES GROUND TRUTH: cropped to its bounding box + {u.RING} px, "
+    "and the better of mask and inverse is kept",
 }
 
 
@@ -477,58 +448,19 @@ PROTOCOLS = {
 class Run:
     """What one evaluation is made of."""
 
+    options: argparse.Namespace  # the command line
     config: u.Config
     backbone: u.Backbone
     device: torch.device
-    protocol: str = "blind"
-    squash: bool = False  # resize to a square before anything else, as the authors' code does
-    jitter: int = 0  # px
-    plant: float = None  # noise of the planted features
-    tolerance: str = "2%"
-    methods: dict = dataclasses.field(default_factory=lambda: dict(METHODS))  # {row: function}
-    predictions: dict = dataclasses.field(default_factory=dict)  # {row: {stem: mask file}}, made elsewhere
+    methods: dict  # {row: function}
+    predictions: dict  # {row: {stem: mask file}}, made elsewhere
 
 
-def look(rgb, run, backbone, hint=None):
-    """The view, features and node weights of an image or crop, squashed if the run says so. hint: a point or box."""
-    if run.squash:
-        rgb = np.array(Image.fromarray(rgb).resize((run.config.size, run.config.size), Image.BILINEAR))
-    given = {run.protocol: hint} if run.protocol in ("point", "box") else {}
-    view, features = u.look(rgb, run.config, backbone, run.device, **given)
-    return view, features, u.node_weights(view, run.config.prior).to(run.device)
-
-
-def predict(rgb, rows, run, backbone, hint=None):
-    """{row: ([mask (H,W), ...], seconds) or the exception} of the methods named in `rows`. No mask's truth comes in.
-
-    rgb (H,W,3), hint (x, y), (x0, y0, x1, y1) or None. In the official protocol there are two masks, of either polarity.
-    """
-    if u.is_constant(rgb):
-        return {row: ([np.zeros(rgb.shape[:2], bool)], 0.0) for row in rows}
-    view, features, weights = look(rgb, run, backbone, hint)
-    adjacency = u.build_graph(features, run.config.tau, weights)
-    found, made = {}, {}  # rows of one function share its assignment
-    for row in rows:
-        start = time.perf_counter()
-        config = run.config if row == SHIPPED else dataclasses.replace(run.config, colour_steps=0)
-        try:
-            if row == LOCATED:
-                core = view.core(view.stride).flatten()
-                assignment = one_hot(core, features, config)
-            else:
-                function = run.methods[row]
-                if function not in made:
-                    made[function] = function(features, adjacency, config)
-                assignment = made[function]
-            masks = []
-            for flip in (False, True) if run.protocol == "official" else (False,):
-                polarity = dataclasses.replace(config, invert=config.invert != flip)
-                mask = Image.fromarray(u.finish(view, assignment, polarity)[0])
-                masks.append(np.asarray(mask.resize(rgb.shape[1::-1], Image.NEAREST)))
-            found[row] = masks, time.perf_counter() - start
-        except Exception as error:
-            found[row] = error
-    return found
+def squashed(array, run, method):
+    """An image or mask as a square if the run says so, as the authors' code does before anything else."""
+    if not run.options.squash:
+        return array
+    return np.array(Image.fromarray(array).resize((run.config.size, run.config.size), method))
 
 
 def frame(stem, image, truth_path, run):
@@ -536,47 +468,79 @@ def frame(stem, image, truth_path, run):
 
     Raises an exception where the image, or what the protocol needs, cannot be had.
     """
-    rgb = u.load_image(image)
-    shape, seen, hint, backbone = rgb.shape[:2], np.s_[:, :], None, run.backbone
-    if run.protocol == "blind" and run.plant is None:
-        return rgb, seen, hint, backbone
+    rgb, protocol, noise = u.load_image(image), run.options.protocol, run.options.plant
+    shape, scored, hint, backbone = rgb.shape[:2], np.s_[:, :], None, run.backbone
+    if protocol == "blind" and noise is None:
+        return rgb, scored, hint, backbone
     # The one place where something of the ground truth goes into a prediction; the table says so.
     truth, seed = load_mask(truth_path, shape), [run.config.seed, zlib.crc32(stem.encode())]
-    if run.protocol == "official":
+    if protocol != "blind" and not truth.any():
+        raise u.ImageError("the ground truth is empty, so it has no place: "
+                           "use --protocol blind, or leave the image out")  # fmt: skip
+    if protocol == "official":
         x0, y0, x1, y1 = bounding_box(truth)
         top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
-        seen, hint = np.s_[top : y1 + u.RING, left : x1 + u.RING], (x0 - left, y0 - top, x1 - left, y1 - top)
-    elif run.protocol != "blind":
-        hint = inner_point(truth) if run.protocol == "point" else bounding_box(truth)
-        hint = jittered(hint, run.jitter, shape, seed)
-    if run.plant is not None:
-        known = Image.fromarray(truth[seen])
-        known = known.resize((run.config.size, run.config.size), Image.NEAREST) if run.squash else known
-        backbone = plant(np.array(known), run.plant, seed)
-    return rgb, seen, hint, backbone
+        scored, hint = np.s_[top : y1 + u.RING, left : x1 + u.RING], (x0 - left, y0 - top, x1 - left, y1 - top)
+    elif protocol != "blind":
+        hint = inner_point(truth) if protocol == "point" else bounding_box(truth)
+        hint = jittered(hint, run.options.jitter, shape, seed)
+    if noise is not None:
+        backbone = plant(squashed(truth[scored], run, Image.NEAREST), noise, seed)
+    return rgb, scored, hint, backbone
+
+
+def look(rgb, run, backbone, hint):
+    """The view, features and node weights of an image or crop. hint: a point or box, where the protocol gives it."""
+    given = {run.options.protocol: hint} if run.options.protocol in ("point", "box") else {}
+    view, features = u.look(squashed(rgb, run, Image.BILINEAR), run.config, backbone, run.device, **given)
+    return view, features, u.node_weights(view, run.config.prior).to(run.device)
 
 
 def masks_of(stem, image, truth_path, rows, run):
-    """The masks of some rows on one image: ({row: as from `predict`}, the slices that are scored, the image (H,W,3)).
+    """What some rows make of one image: ({row: ([mask (H,W), ...], seconds) or the exception}, the slices, the image).
 
-    Raises an exception where none can be made.
+    The slices are of the part that is scored. In the official protocol there are two masks, of either polarity.
+    Raises an exception where no row can be made.
     """
     rgb, scored, hint, backbone = frame(stem, image, truth_path, run)
-    view = rgb[scored]
-    found = {row: ([mask], 0.0) for row, mask in free_rows(run.protocol, view.shape[:2], hint).items() if row in rows}
-    for row in run.predictions.keys() & set(rows):
+    seen, polarities = rgb[scored], (False, True) if run.options.protocol == "official" else (False,)
+    free = free_rows(run.options.protocol, seen.shape[:2], hint)
+
+    @functools.cache
+    def scene():
+        view, features, weights = look(seen, run, backbone, hint)
+        return view, features, u.build_graph(features, run.config.tau, weights)
+
+    @functools.cache  # rows of one function share its assignment
+    def clusters(function):
+        return function(*scene()[1:], run.config)
+
+    found = {}
+    for row in rows:
+        start = time.perf_counter()
         try:
-            if stem not in run.predictions[row]:
-                raise u.ImageError(f"there is no prediction named {stem}")
-            mask = load_mask(run.predictions[row][stem], rgb.shape[:2])[scored]
-            found[row] = ([mask, ~mask] if run.protocol == "official" else [mask]), 0.0
+            if row in free:
+                masks = [free[row]]
+            elif row in run.predictions:
+                if stem not in run.predictions[row]:
+                    raise u.ImageError(f"there is no prediction named {stem}")
+                mask = load_mask(run.predictions[row][stem], rgb.shape[:2])[scored]
+                masks = [mask ^ flip for flip in polarities]
+            elif u.is_constant(seen):
+                masks = [np.zeros(seen.shape[:2], bool)]
+            else:
+                view, features, _ = scene()
+                start = time.perf_counter()  # what all rows share is not counted
+                core = view.core(view.stride).flatten()
+                assignment = one_hot(core, features, run.config) if row == LOCATED else clusters(run.methods[row])
+                config = run.config if row == SHIPPED else dataclasses.replace(run.config, colour_steps=0)
+                masks = []
+                for flip in polarities:
+                    mask = u.finish(view, assignment, dataclasses.replace(config, invert=config.invert ^ flip))[0]
+                    masks.append(np.asarray(Image.fromarray(mask).resize(seen.shape[1::-1], Image.NEAREST)))
+            found[row] = masks, time.perf_counter() - start
         except Exception as error:
             found[row] = error
-    to_run = [row for row in rows if row in run.methods or row == LOCATED]
-    try:
-        found |= predict(view, to_run, run, backbone, hint)
-    except Exception as error:
-        found |= dict.fromkeys(to_run, error)
     return found, scored, rgb
 
 
@@ -585,21 +549,18 @@ def evaluate(stem, image, truth_path, rows, run):
     try:
         found, scored, rgb = masks_of(stem, image, truth_path, rows, run)
         truth = load_mask(truth_path, rgb.shape[:2])  # blind: read only now that every mask is made
-    except Exception as error:
-        found = dict.fromkeys(rows, error)
-    else:
         if not truth.any():
             log.warning("%s: the ground truth is empty; only an empty mask scores 1, any other 0", truth_path)
-        truth = truth[scored]
+    except Exception as error:
+        found = dict.fromkeys(rows, error)
     scores = {}
     for row in rows:
         if isinstance(found[row], Exception):
-            reason = u.reason(found[row])
-            log.error("%s: %s: %s", image, row, reason)
-            scores[row] = WORST | {"seconds": 0.0, "error": reason}
+            log.error("%s: %s: %s", image, row, u.reason(found[row]))
+            scores[row] = WORST | {"seconds": 0.0, "error": u.reason(found[row])}
         else:
             masks, seconds = found[row]
-            best = max((metrics(mask, truth, run.tolerance) for mask in masks), key=lambda score: score["iou"])
+            best = max((metrics(mask, truth[scored], run.options.tolerance) for mask in masks), key=lambda s: s["iou"])
             scores[row] = best | {"seconds": seconds, "error": ""}
     return scores
 
@@ -611,69 +572,58 @@ def evaluate(stem, image, truth_path, rows, run):
 COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 
 
-def prepare_csv(path):
-    """Begin a CSV file with its header, or take off the line that a kill has cut short. Raises ValueError for another."""
+def begin_csv(path, fingerprints):
+    """{(stem, row): scores} of the rows in a CSV file that did not fail; the file gets its header, if it is new.
+
+    A line that a kill has cut short is taken off. fingerprints: {row: the settings' digest}. Raises ValueError for
+    another program's file, and where a row was made with other settings.
+    """
     header = (",".join(COLUMNS) + "\n").encode()
     with open(path, "a+b") as file:
         file.seek(0)
         content = file.read()
         if content[: len(header)] != header[: len(content)]:
             raise ValueError(f"{path}: its columns are not those of this program; write to another file")
-        file.truncate(content.rfind(b"\n") + 1)
-        if len(content) < len(header):
+        content = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(content))
+        if not content:
             file.write(header)
-
-
-def read_scores(path, fingerprints):
-    """{(stem, row): scores} of the rows in a CSV file that did not fail.
-
-    fingerprints: {row: the settings' digest}. Raises ValueError where a row was made with other settings.
-    """
     done = {}
-    with open(path, newline="") as file:
-        for line in csv.DictReader(file):
-            if line["method"] not in fingerprints:
-                continue
-            if line["settings"] != fingerprints[line["method"]]:
-                raise ValueError(
-                    f"{path}: holds {line['method']} with other settings; give the same ones, or another file"
-                )
-            if not line["error"]:
-                numbers = {name: float(line[name]) for name in (*METRICS, "seconds")}
-                done[line["image"], line["method"]] = numbers | {"error": ""}
+    for line in csv.DictReader(io.StringIO(content.decode(), newline="")):
+        row = line["method"]
+        if row in fingerprints and line["settings"] != fingerprints[row]:
+            raise ValueError(f"{path}: holds {row} with other settings; give the same ones, or another file")
+        if row in fingerprints and not line["error"]:
+            done[line["image"], row] = {name: float(line[name]) for name in (*METRICS, "seconds")} | {"error": ""}
     return done
 
 
-def summarise(scores, stems, rows, groups, seed):
+def summarise(scores, stems, rows, labels, seed):
     """What the table and the JSON file say of each row: {row: means, 95 % intervals, difference to the first row}.
 
-    scores: {(stem, row): scores}. groups: {stem: label} or None; then also the mean of the groups' means ("macro").
+    scores: {(stem, row): scores}. labels: the group of each stem, or None; then also the mean of the groups' means.
     """
-    labels = [groups[stem] for stem in stems] if groups else None
-    table = {row: {m: np.array([scores[stem, row][m] for stem in stems]) for m in METRICS} for row in rows}
     summary = {}
     for row in rows:
-        entry = {"failed": [stem for stem in stems if scores[stem, row]["error"]]}
+        summary[row] = {"failed": [stem for stem in stems if scores[stem, row]["error"]]}
         for m in METRICS:
-            values = table[row][m]
-            difference = values - table[rows[0]][m]
-            entry[m] = {"mean": float(values.mean()), "interval": interval(values, labels, seed)}
-            entry[m] |= {
-                "difference": float(difference.mean()),
-                "difference_interval": interval(difference, labels, seed),
+            values, first = (np.array([scores[stem, r][m] for stem in stems]) for r in (row, rows[0]))
+            summary[row][m] = {
+                "mean": float(values.mean()),
+                "interval": interval(values, labels, seed),
+                "difference": float((values - first).mean()),
+                "difference_interval": interval(values - first, labels, seed),
             }
-            if groups:
-                inside = {g: values[[label == g for label in labels]].mean() for g in dict.fromkeys(labels)}
-                entry[m] |= {
-                    "groups": {g: float(v) for g, v in inside.items()},
-                    "macro": float(np.mean([*inside.values()])),
-                }
-        summary[row] = entry
+            if labels:
+                means = {g: float(values[np.array(labels) == g].mean()) for g in dict.fromkeys(labels)}
+                summary[row][m] |= {"groups": means, "macro": float(np.mean([*means.values()]))}
     return summary
 
 
 # Table I of the paper: (mIoU, Dice) in %
-REFERENCE_ROWS = ("UnSegMedGATc", "UnSegMedGAT", "UnSeGArmaNet", "UnSegGNet", "MedSAM", "MinCutPool", "DSM", "ViT-KMeans")
+REFERENCE_ROWS = (
+    "UnSegMedGATc", "UnSegMedGAT", "UnSeGArmaNet", "UnSegGNet", "MedSAM", "MinCutPool", "DSM", "ViT-KMeans",
+)  # fmt: skip
 REFERENCES = {
     "isic2018": ((74.76, 85.17), (73.75, 84.34), (73.16, 83.16), (73.94, 84.12),
                  (61.36, 73.06), (72.31, 83.24), (72.2, 81.71), (68.6, 78.37)),
@@ -682,28 +632,34 @@ REFERENCES = {
 }  # fmt: skip
 
 
-def markdown(summary, groups, reference=None):
+def as_table(lines):
+    """Lists of texts as a table in Markdown, the first one its head."""
+    rule = ["---"] + ["--:"] * (len(lines[0]) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def markdown(summary, reference=None):
     """The table. In % but for nothing: shares of 1 times 100, and HD95 of the diagonal; 95 % intervals in brackets."""
 
-    def cell(value, bounds, sign=""):
+    def cell(value, bounds=None, sign=""):
         brackets = f" [{bounds[0] * 100:{sign}.1f}, {bounds[1] * 100:{sign}.1f}]" if bounds else ""
         return f"{value * 100:{sign}.1f}{brackets}"
 
-    macro = ["macro mIoU", "macro Dice"] if groups else []
-    head = ["method", "mIoU", "Dice", *macro, "precision", "recall", "HD95", "NSD", "mIoU less first row's", "failed"]
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
+    lines = []
     for row, entry in summary.items():
-        first = row == next(iter(summary))
-        line = [row] + [cell(entry[m]["mean"], entry[m]["interval"]) for m in ("iou", "dice")]
-        line += [f"{entry[m]['macro'] * 100:.1f}" for m in ("iou", "dice")] if groups else []
-        line += [f"{entry[m]['mean'] * 100:.1f}" for m in ("precision", "recall")]
-        line += [f"{entry['hd95']['mean']:.1f}", f"{entry['nsd']['mean'] * 100:.1f}"]
-        line += ["" if first else cell(entry["iou"]["difference"], entry["iou"]["difference_interval"], "+")]
-        lines.append(line + [str(len(entry["failed"]))])
+        iou, dice = entry["iou"], entry["dice"]
+        line = {"method": row, "mIoU": cell(iou["mean"], iou["interval"]), "Dice": cell(dice["mean"], dice["interval"])}
+        if "macro" in iou:
+            line |= {"macro mIoU": cell(iou["macro"]), "macro Dice": cell(dice["macro"])}
+        line |= {name: cell(entry[name]["mean"]) for name in ("precision", "recall")}
+        line |= {"HD95": f"{entry['hd95']['mean']:.1f}", "NSD": cell(entry["nsd"]["mean"])}
+        difference = cell(iou["difference"], iou["difference_interval"], "+") if lines else ""
+        lines.append(line | {"mIoU less first row's": difference, "failed": str(len(entry["failed"]))})
+    table = [[*lines[0]], *([*line.values()] for line in lines)]
     if reference:
         for row, numbers in zip(REFERENCE_ROWS, REFERENCES[reference]):
-            lines.append([f"{row} (published)"] + [f"{number:.2f}" for number in numbers] + [""] * (len(head) - 3))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            table.append([f"{row} (published)", *(f"{number:.2f}" for number in numbers), *[""] * (len(lines[0]) - 3)])
+    return as_table(table)
 
 
 TRUE_COLOUR, PREDICTED_COLOUR, TILE = (255, 220, 0), (0, 200, 255), 300
@@ -754,37 +710,37 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="eval.py",
         description="Score UnSegMedGAT, the methods of its paper and free baselines on your images and masks.",
-        epilog="Protocols: " + "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
-        + ". `eval.py bench` times the stages on this machine. Exit code: 0 all done, 1 some image failed, 2 wrong use.",
+        epilog="Protocols: " + "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + ". `eval.py bench` "
+        "times the stages on this machine. Exit code: 0 all done, 1 some image failed, 2 wrong use.",
     )  # fmt: skip
-    parser.add_argument("images", type=Path, help="a folder of images")
-    parser.add_argument("masks", type=Path, help="a folder of masks with the same names; _mask and the like may follow")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="blind", help="default blind; see below")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="A,B",
-                        help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
-    parser.add_argument("--predictions", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
-                        help="also score these masks, made elsewhere; may be given several times")  # fmt: skip
-    parser.add_argument("--preset", choices=["official", *u.PRESETS], help="the authors' code's settings, or the paper's; "
-                        "other flags still count")  # fmt: skip
-    parser.add_argument("--squash", action=argparse.BooleanOptionalAction, default=False,
-                        help="resize to a square first, as the authors' code does; part of --preset official")  # fmt: skip
-    parser.add_argument("--jitter", type=int, default=0, metavar="PX",
-                        help="move the given point, or each side of the given box, by up to PX, seeded")  # fmt: skip
-    parser.add_argument("--plant", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with "
-                        "noise, in the backbone's place; says what a backbone that knows the object would give")  # fmt: skip
-    parser.add_argument("--tolerance", default="2%", help="of the surface Dice: 2%% of the diagonal (default), or 5px")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the list")
-    parser.add_argument("--group-by", type=re.compile, metavar="REGEX", help="its first group in an image's name is the "
-                        "image's group, as ^(s\\d+)_ for sequences: adds means of the groups' means, and the intervals "
-                        "resample groups")  # fmt: skip
-    parser.add_argument("--reference", choices=REFERENCES, help="add the paper's published rows")
-    parser.add_argument("--csv", type=Path, help="scores of each image and method, written as they come")
-    parser.add_argument("--resume", action="store_true", help="keep what the --csv file holds and do the rest")
-    parser.add_argument("--json", type=Path, help="the table with all intervals, settings and versions")
-    parser.add_argument("--sheet", type=Path, help="a .png: the first row's best, median and worst "
-                        "images, the true contour in yellow and the predicted one in blue")  # fmt: skip
+    add = parser.add_argument
+    add("images", type=Path, help="a folder of images")
+    add("masks", type=Path, help="a folder of masks with the same names; _mask and the like may follow")
+    add("--protocol", choices=PROTOCOLS, default="blind", help="default blind; see below")
+    add("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="A,B",
+        help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
+    add("--predictions", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
+        help="also score these masks, made elsewhere; may be given several times")  # fmt: skip
+    add("--preset", choices=["official", *u.PRESETS],
+        help="the authors' code's settings, or the paper's; other flags still count")  # fmt: skip
+    add("--squash", action=argparse.BooleanOptionalAction, default=False,
+        help="resize to a square first, as the authors' code does; part of --preset official")  # fmt: skip
+    add("--jitter", type=int, default=0, metavar="PX",
+        help="move the given point, or each side of the given box, by up to PX, seeded")  # fmt: skip
+    add("--plant", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with noise, in the "
+        "backbone's place; says what a backbone that knows the object would give")  # fmt: skip
+    add("--tolerance", default="2%", help="of the surface Dice: 2%% of the diagonal (default), or 5px")
+    add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the list")
+    add("--group-by", type=re.compile, metavar="REGEX", help="its first group in an image's name is the image's group, "
+        "as ^(s\\d+)_ for sequences: adds means of the groups' means, and the intervals resample groups")  # fmt: skip
+    add("--reference", choices=REFERENCES, help="add the paper's published rows")
+    add("--csv", type=Path, help="scores of each image and method, written as they come")
+    add("--resume", action="store_true", help="keep what the --csv file holds and do the rest")
+    add("--json", type=Path, help="the table with all intervals, settings and versions")
+    add("--sheet", type=Path, help="a .png: the first row's best, median and worst images, the true contour in yellow "
+        "and the predicted one in blue")  # fmt: skip
     u.add_backbone_flags(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="no progress bars")
     u.add_config_flags(parser)
     return parser
 
@@ -799,13 +755,17 @@ def check(options):
         (options.plant is not None and not 0 <= options.plant < math.inf, "--plant needs a noise of at least 0"),
         (options.plant is not None and (options.weights or options.backbone == "dino"),
          "--plant stands in for the backbone: leave --backbone dino and --weights out"),
-        (options.squash and options.protocol in ("point", "box"), "--squash would distort what is given: add --no-squash"),
+        (options.squash and options.protocol in ("point", "box"),
+         "--squash would distort what is given: add --no-squash"),
         (options.limit is not None and options.limit < 1, "--limit must be at least 1"),
         (options.group_by and options.group_by.groups < 1, "--group-by needs a group in parentheses, as ^(s\\d+)_"),
         (options.resume and not options.csv, "--resume needs the --csv FILE to go on with"),
         (options.csv and options.csv.exists() and not options.resume,
          f"{options.csv}: exists; add --resume to go on with it, or name another file"),
-        (options.sheet and options.sheet.suffix.lower() != ".png", f"{options.sheet}: the sheet's name must end in .png"),
+        (options.sheet and options.sheet.suffix.lower() != ".png",
+         f"{options.sheet}: the sheet's name must end in .png"),
+        ("unsegmedgatc" in options.methods and options.epochs <= 5 and not options.collective,
+         "unsegmedgatc has 5 shared epochs, so --epochs must be more; or name other --methods"),
     ]:  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -813,153 +773,137 @@ def check(options):
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: there is no such folder, or no permission to write there")
     pixels(options.tolerance, 1)
-    if "unsegmedgatc" in options.methods and options.epochs <= 5 and not options.collective:
-        raise ValueError("unsegmedgatc has 5 shared epochs, so --epochs must be more; or name other --methods")
-    u.config_from(options)
 
 
-def shared_parameters(pairs, run, quiet):
+def shared_parameters(pairs, run):
     """The first phase of UnSegMedGATc over all the images; always from the start, so that --resume changes nothing."""
-    scenes, (rank, world) = [], u.rank_and_world()
-    share = dict(list(pairs.items())[rank::world])
-    with torch.hub.tqdm(total=len(share), desc="features", disable=quiet) as bar:
-        for stem, (image, truth_path) in share.items():
-            try:
-                rgb, seen, hint, backbone = frame(stem, image, truth_path, run)
-                _, features, weights = look(rgb[seen], run, backbone, hint)
-                scenes.append((features.cpu(), weights.cpu()))
-            except Exception as error:
-                log.debug("%s: %s", image, error)  # `evaluate` meets the same failure, and names the image
-                scenes.append(None)
-            bar.update(1)
-    config = collective(run.config)
-    with torch.hub.tqdm(total=config.collective * len(pairs), desc="shared", disable=quiet) as bar:
-        return u.fit_collective(u.gather_all(scenes), config, run.device, progress=lambda: bar.update(1))
+
+    def scene(pair):
+        stem, (image, truth_path) = pair
+        rgb, seen, hint, backbone = frame(stem, image, truth_path, run)
+        return look(rgb[seen], run, backbone, hint)[1:]
+
+    rank, world = u.rank_and_world()
+    share = list(pairs.items())[rank::world]
+    return u.shared_parameters(share, scene, collective(run.config), run.device, run.options.quiet or rank > 0)
 
 
-def settings_of(run, options):
+def settings_of(run):
     """All that the scores depend on beside the images, for the fingerprints and the JSON file."""
+    options = run.options
+    settings = {name: getattr(options, name) for name in ("protocol", "squash", "jitter", "plant", "tolerance")}
     weights = options.weights and options.weights.name
     backbone = {"name": run.backbone.name, "branch": options.branch, "weights": weights}
-    settings = {name: getattr(run, name) for name in ("protocol", "squash", "jitter", "plant", "tolerance")}
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 
 
-def fingerprint(row, settings, run, pairs):
-    """A digest of the settings of one row; of the collective method, whose scores depend on all the images, also of them."""
+def fingerprint(row, run, pairs):
+    """A digest of one row's settings; of the collective method, whose scores depend on all images, also of these."""
     extra = sorted(pairs) if row == "unsegmedgatc" else sorted(map(str, run.predictions.get(row, {}).values()))
-    return hashlib.sha256(json.dumps([settings, extra], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([settings_of(run), extra], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def score_all(pairs, rows, run, options, settings):
+def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
-    fingerprints = {row: fingerprint(row, settings, run, pairs) for row in rows}
-    rank, world = u.rank_and_world()
-    if options.csv and rank == 0:
-        prepare_csv(options.csv)
-    u.gather(None)
-    scores = read_scores(options.csv, fingerprints) if options.csv else {}
-    u.gather(None)  # so no rank reads before the file is ready, or writes before every rank has read
+    options, (rank, world) = run.options, u.rank_and_world()
+    fingerprints = {row: fingerprint(row, run, pairs) for row in rows}
+    # The first rank reads for all, so that none writes before.
+    scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
     if "unsegmedgatc" in rows and (options.sheet or any("unsegmedgatc" in missing for missing in todo.values())):
-        shared = shared_parameters(pairs, run, options.quiet)
-        run.methods["unsegmedgatc"] = functools.partial(unsegmedgatc, shared=shared)
-    share = list(todo)[rank::world]
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            torch.hub.tqdm(total=len(share), desc=run.protocol, disable=options.quiet or rank > 0)
-        )
-        file = stack.enter_context(open(options.csv or os.devnull, "a", newline=""))
+        run.methods["unsegmedgatc"] = functools.partial(unsegmedgatc, shared=shared_parameters(pairs, run))
+    share, ours = list(todo)[rank::world], {}
+    bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
+    with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         for stem in share:
             for row, score in evaluate(stem, *pairs[stem], todo[stem], run).items():
-                scores[stem, row] = score
+                ours[stem, row] = score
                 writer.writerow({"settings": fingerprints[row], "image": stem, "method": row} | score)
             file.flush()  # an image's lines in one piece, so that those of several ranks do not mix
             bar.update(1)
-    for part in u.gather({(stem, row): scores[stem, row] for stem in share for row in todo[stem]}):
+    for part in u.gather(ours):
         scores |= part
     return scores
+
+
+def report(run, summary, count, groups):
+    """Print what was asked and the table. count: of the images; groups: how many there are, 0 for none."""
+    options, config = run.options, run.config
+    what = PROTOCOLS[options.protocol]
+    if options.plant is not None:
+        what = what.removesuffix("; no ground truth reaches a method")
+        what += "; USES GROUND TRUTH: the features are made from it"
+    print(f"**{options.protocol}** protocol: {what}. n = {count} images" + (f" in {groups} groups." if groups else "."))
+    changed = {name: value for name, value in vars(config).items() if value != getattr(u.Config(), name)}
+    changed |= {name: value for name, value in vars(options).items() if name in ("squash", "jitter") and value}
+    texts = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in changed.items()]
+    print(f"Backbone: {run.backbone.name}. Seed {config.seed}. "
+          f"Settings: {', '.join([options.preset or 'default', *texts])}.\n")  # fmt: skip
+    print(markdown(summary, options.reference))
+    print(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {options.tolerance}"
+          f"{' of the diagonal' if options.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
+          "A failed image counts as 0 (HD95: 100).")  # fmt: skip
+    if options.reference:
+        print("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
+
+
+def labels_of(stems, pattern):
+    """The group of each image. Raises ValueError for one that the pattern does not fit."""
+    matches = [pattern.search(stem) for stem in stems]
+    for stem, match in zip(stems, matches):
+        if not match or match[1] is None:
+            raise ValueError(f"--group-by {pattern.pattern}: does not fit the image {stem}")
+    return [match[1] for match in matches]
 
 
 def run_evaluation(options):
     """Score what the options ask for and print the table; returns the exit code. Raises errors for wrong use."""
     check(options)
+    config, device = u.config_from(options), u.pick_device(options.device)
     u.gather(None)  # no rank writes before every rank has looked what exists
     pairs, alone = pair_files(options.images, options.masks)
     for path in alone:
         log.warning("%s: has no partner and is left out", path)
     if options.limit:
         stems = list(pairs)
-        spread = np.unique(np.linspace(0, len(stems) - 1, min(options.limit, len(stems))).round().astype(int))
+        spread = np.linspace(0, len(stems) - 1, min(options.limit, len(stems))).round().astype(int)
         pairs = {stems[i]: pairs[stems[i]] for i in spread}
-    groups = group_of(pairs, options.group_by) if options.group_by else None
-    rank, _ = u.rank_and_world()
-    device = u.pick_device(options.device)
+    labels = labels_of(pairs, options.group_by) if options.group_by else None
     if options.plant is None:
         backbone = u.load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
     else:  # of each image its own: see `frame`
         backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
-    methods = {name: METHODS[name] for name in options.methods}
     predictions = {name: by_stem(files_below(folder), True) for name, folder in options.predictions}
-    run = Run(u.config_from(options), backbone, device, options.protocol, options.squash, options.jitter,
-              options.plant, options.tolerance, methods, predictions)  # fmt: skip
-    hint = (0, 0) if run.protocol == "point" else (0, 0, 1, 1)
-    rows = [*methods, *predictions, LOCATED, *free_rows(run.protocol, (1, 1), hint)]
-    settings = settings_of(run, options)
-    scores = score_all(pairs, rows, run, options, settings)
-    summary = summarise(scores, list(pairs), rows, groups, run.config.seed)
-    code = 1 if any(entry["failed"] for entry in summary.values()) else 0
-    if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
+    run = Run(options, config, backbone, device, {name: METHODS[name] for name in options.methods}, predictions)
+    rows = [*run.methods, *predictions, LOCATED, *free_rows(options.protocol, (1, 1), (0, 0, 1, 1))]
+    scores = score_all(pairs, rows, run)
+    if u.rank_and_world()[0] > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
         return 0
 
-    what = PROTOCOLS[run.protocol] if run.plant is None or run.protocol != "blind" else "the whole image"
-    what += "" if run.plant is None else "; USES GROUND TRUTH: the features are made from it"
-    print(f"**{run.protocol}** protocol: {what}. n = {len(pairs)} images", end="")
-    print(f" in {len(set(groups.values()))} groups." if groups else ".")
-    changed = {f.name: getattr(run.config, f.name) for f in dataclasses.fields(u.Config)}
-    changed = {name: value for name, value in changed.items() if value != getattr(u.Config(), name)}
-    changed |= {name: settings[name] for name in ("squash", "jitter") if settings[name]}
-    print(f"Backbone: {backbone.name}. Seed {run.config.seed}. Settings: {options.preset or 'default'}", end="")
-    print("".join(f", {name} {value:.4g}" if isinstance(value, float) else f", {name} {value}"
-                  for name, value in changed.items()) + ".\n")  # fmt: skip
-    print(markdown(summary, groups, options.reference))
-    print(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {run.tolerance}"
-          f"{' of the diagonal' if run.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
-          "A failed image counts as 0 (HD95: 100).")  # fmt: skip
-    if options.reference:
-        print("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
+    summary = summarise(scores, list(pairs), rows, labels, config.seed)
+    report(run, summary, len(pairs), len(set(labels or ())))
     if options.json:
         packages = ("torch", "torchvision", "numpy", "scipy", "pillow")
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-        facts = {"images": len(pairs), "preset": options.preset, "limit": options.limit, "settings": settings}
+        facts = {"images": len(pairs), "preset": options.preset, "limit": options.limit, "settings": settings_of(run)}
         with u.whole(options.json) as part:
             part.write_text(json.dumps(facts | {"versions": versions, "rows": summary}, indent=1) + "\n")
-    succeeded = any(not scores[stem, rows[0]]["error"] for stem in pairs)
-    if options.sheet and succeeded:
+    if options.sheet and len(summary[rows[0]]["failed"]) < len(pairs):
         with u.whole(options.sheet) as part:
             contact_sheet(pairs, scores, rows[0], run).save(part, format="PNG")
-    return code
-
-
-def group_of(stems, pattern):
-    """{stem: group}. Raises ValueError for a stem that the pattern does not fit."""
-    found = {stem: pattern.search(stem) for stem in stems}
-    for stem, match in found.items():
-        if not match or match[1] is None:
-            raise ValueError(f"--group-by {pattern.pattern}: does not fit the image {stem}")
-    return {stem: match[1] for stem, match in found.items()}
+    return 1 if any(entry["failed"] for entry in summary.values()) else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Benchmark
 # ---------------------------------------------------------------------------------------------------------------
 
-SIZES = {784: (224, 8), 3025: (224, 4), 12321: (448, 4)}  # N: (size, stride)
+SIZES = {784: (224, 8), 3025: (224, 4)}  # N: (size, stride)
 MEGAPIXELS = (1, 3, 12)
-MOST_PLAIN, MOST_GEOMETRIC = 3025, 784  # nodes; the others are left out of larger graphs, for their time and memory
+MOST_GEOMETRIC = 784  # nodes; larger graphs are left out, for the memory
 
 
 def plain_attention(h, s, t, adjacency):
@@ -969,140 +913,96 @@ def plain_attention(h, s, t, adjacency):
     return e.softmax(dim=2) @ h
 
 
-def photograph(height, width, seed=0):
-    """Something like a lesion on skin, with uneven light, texture and noise: (H,W,3) uint8."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    texture = ndimage.zoom(random.normal(size=(height // 40 + 1, width // 40 + 1)), 40, order=1)[:height, :width]
-    lesion = 1 / (1 + np.exp(20 * (np.hypot(x + 0.1, y) - 0.45 - 0.05 * texture)))
-    skin = np.array([225, 180, 160]) - 25 * (x**2 + y**2)[..., None]
-    rgb = (
-        skin + lesion[..., None] * [-95, -105, -105] + 6 * texture[..., None] + random.normal(0, 3, (height, width, 3))
-    )
-    return rgb.clip(0, 255).astype(np.uint8)
+def photograph(height, width):
+    """Something like a lesion on skin, with uneven light and noise: (H,W,3) uint8."""
+    lesion = ellipse((height, width), (0.3 * width, 0.3 * height, 0.7 * width, 0.7 * height))
+    light = np.linspace(1, 0.9, width)[:, None]
+    rgb = np.where(lesion[..., None], (130, 75, 55), (225, 180, 160)) * light
+    return (rgb + np.random.default_rng(0).normal(0, 4, rgb.shape)).clip(0, 255).astype(np.uint8)
 
 
-def seconds(function, device, repeats=3):
+def seconds(function, repeats=3):
     """The least wall-clock time of some calls after a first one: what the machine can do, less what disturbs it."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+
+    def call():
         function()
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+
+    return min(timeit.repeat(call, number=1, repeat=repeats + 1)[1:])
 
 
-def peak_memory(device):
-    """GiB at most so far: of the GPU, or of this whole process."""
+def peak_memory():
+    """GiB at most so far: of the GPU, if it was used, or of this whole process."""
     import resource  # which Windows lacks
 
-    if device.type == "cuda":
+    if torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on a Mac, else in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def products(n, config, channels, device):
-    """The matrix products of one epoch that no implementation can do without, as a function to time.
-
-    For each layer: X W, alpha @ h, and twice as many for the gradients; for the loss, A @ C and its gradient's.
-    """
-
-    def of(*shape):
-        return torch.rand(*shape, device=device)
-
-    alpha, pairs = of(n, n), []
-    for width in config.widths:
-        for layer in range(config.layers):
-            pairs += [(of(n, channels if layer == 0 else width), of(channels if layer == 0 else width, width))] * 3
-            # As one product for all heads: the same number of operations, and the best that a library can do.
-            pairs += [(alpha, of(n, width))] * 2 + [(of(n, width), of(width, n))]
-    pairs += [(alpha, of(n, config.clusters))] * 2
-
-    def run():
-        for a, b in pairs:
-            a @ b
-
-    return run
-
-
-def bench_graph(n, threads, device_name):
-    """One row of the stages' table, in a process of its own, so that the peak memory is this row's: a dictionary."""
-    torch.set_num_threads(threads)
-    device = u.pick_device(device_name)
-    size, stride = SIZES[n]
-    config, row = u.Config(size=size, stride=stride), {"N": n}
-    backbone = u.load_backbone("builtin")
-    rgb = photograph(size, size)
-    row["features and place, ms"] = 1e3 * seconds(lambda: u.look(rgb, config, backbone, device), device)
+def bench_graph(n, device):
+    """One column of the stages' table: a dictionary."""
+    device, (size, stride) = u.pick_device(device), SIZES[n]
+    config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), photograph(size, size)
     view, features = u.look(rgb, config, backbone, device)
     weights = u.node_weights(view, config.prior).to(device)
-    row["graph, ms"] = 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights), device)
     adjacency, x = u.build_graph(features, config.tau, weights), u.standardise(features)
-    row["edges, of N x N"] = float((adjacency > 0).float().mean())
-    blockwise = u.MaskedAttention.apply
-    for heads in (1, 4):
-        settings = dataclasses.replace(config, heads=heads)
-        network, optimizer = u.new_network(x.shape[1], settings, device)
-
-        def epoch():
-            u.gradients(network, x, adjacency, settings)
-            optimizer.step()
-
-        name = f"epoch, {heads} head{'s' * (heads > 1)}"
-        ours = seconds(epoch, device)
-        row[f"{name}, ms"] = 1e3 * ours
-        if heads == 4:
-            row["peak memory so far, GiB"] = peak_memory(device)
-            if n <= MOST_PLAIN:
-                start = time.perf_counter()
-                row["epochs until settled"] = len(u.fit(features, adjacency, settings)[1])
-                row["fit, s"] = time.perf_counter() - start
-        row[f"{name}: x its products alone"] = ours / seconds(products(n, settings, x.shape[1], device), device)
-        if n <= MOST_PLAIN:
-            u.MaskedAttention.apply = plain_attention
-            row[f"{name}: plain autograd, x ours"] = seconds(epoch, device, 1) / ours
-            u.MaskedAttention.apply = blockwise
-        if n <= MOST_GEOMETRIC:
-            row[f"{name}: torch_geometric, x ours"] = geometric(x, adjacency, settings, device, ours)
-    return row
-
-
-def geometric(features, adjacency, config, device, ours):
-    """How many times `ours` seconds an epoch with torch_geometric's GATConv takes; None where it is not installed."""
-    try:
-        from torch_geometric.nn import GATConv
-    except ImportError:
-        return None
-
-    network, _ = u.new_network(features.shape[1], config, device)
-    for series, width in zip(network.series, config.widths):
-        for layer in range(config.layers):
-            into = features.shape[1] if layer == 0 else width
-            series[layer] = GATConv(into, width // config.heads, config.heads, add_self_loops=False, bias=False).to(
-                device
-            )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
-    edges = adjacency.nonzero().T.contiguous()
+    network, optimizer = u.new_network(x.shape[1], config, device)
 
     def epoch():
-        optimizer.zero_grad()
-        u.modularity_loss(network(features, edges), adjacency, config.resolution, config.balance).backward()
+        u.gradients(network, x, adjacency, config)
         optimizer.step()
 
-    return seconds(epoch, device, 1) / ours
+    name, ours = f"epoch, {config.heads} heads", seconds(epoch)
+    start = time.perf_counter()
+    epochs, settled = len(u.fit(features, adjacency, config)[1]), time.perf_counter() - start
+    column = {
+        "N": n,
+        "features and place, ms": 1e3 * seconds(lambda: u.look(rgb, config, backbone, device)),
+        "graph, ms": 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights)),
+        "edges, of N x N": float((adjacency > 0).float().mean()),
+        f"{name}, ms": 1e3 * ours,
+        "epochs until settled": epochs,
+        "fit, s": settled,
+        "peak memory, GiB": peak_memory(),
+    }
+    blockwise, u.MaskedAttention.apply = u.MaskedAttention.apply, plain_attention
+    column[f"{name}: plain autograd, x ours"] = seconds(epoch, 1) / ours
+    u.MaskedAttention.apply = blockwise
+    with contextlib.suppress(ImportError):  # a column without it, where it is not installed
+        if n <= MOST_GEOMETRIC:
+            use_geometric(network, adjacency)
+            optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
+            column[f"{name}: torch_geometric, x ours"] = seconds(epoch, 1) / ours
+    return column
 
 
-def bench_refinement(megapixels):
-    """One row of the refinement's table: a dictionary."""
+def use_geometric(network, adjacency):
+    """Put torch_geometric's GATConv in the place of every attention layer; it gets a list of edges, not a matrix."""
+    from torch_geometric.nn import GATConv
+
+    edges = adjacency.nonzero().T.contiguous()  # (2,E)
+    for layers in network.series:
+        for number, ours in enumerate(layers):
+            width = ours.W.out_features // ours.heads
+            theirs = GATConv(ours.W.in_features, width, ours.heads, add_self_loops=False, bias=False)
+            theirs.register_forward_pre_hook(lambda _, inputs: (inputs[0], edges))
+            layers[number] = theirs.to(adjacency.device)
+
+
+def bench_refinement(megapixels, device):
+    """One column of the refinement's table: a dictionary. It runs on the CPU, whatever the device."""
     height = round(math.sqrt(megapixels * 1e6 * 3 / 4))
-    guide, cpu = photograph(height, height * 4 // 3), torch.device("cpu")
+    guide = photograph(height, height * 4 // 3)
     target = (guide[..., 1] < 130).astype(float)
-    grid = seconds(lambda: bilateral.BilateralGrid(guide), cpu, 1)
-    whole = seconds(lambda: bilateral.solve(target, guide), cpu, 1)
-    return {"megapixels": megapixels, "grid, s": grid, "whole refinement, s": whole, "peak memory, GiB": peak_memory(cpu)}
+    return {
+        "megapixels": megapixels,
+        "grid, s": seconds(lambda: bilateral.BilateralGrid(guide), 1),
+        "whole refinement, s": seconds(lambda: bilateral.solve(target, guide), 1),
+        "peak memory, GiB": peak_memory(),
+    }
 
 
 def bench(argv):
@@ -1114,30 +1014,17 @@ def bench(argv):
     parser.add_argument("--quick", action="store_true", help="only the smallest sizes")
     options = parser.parse_args(argv)
     device = u.pick_device(options.device)
-    threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"{name}, {threads} threads; Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
-    )
-    spawn = multiprocessing.get_context("spawn")
-    for function, sizes, arguments in [
-        (bench_graph, SIZES, (threads, str(device))),
-        (bench_refinement, MEGAPIXELS, ()),
-    ]:
-        rows = []
+    print(f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
+          f"NumPy {np.__version__}")  # fmt: skip
+    for function, sizes in [(bench_graph, SIZES), (bench_refinement, MEGAPIXELS)]:
+        columns = []
         for size in list(sizes)[: 1 if options.quick else None]:
-            with spawn.Pool(1) as pool:  # a process for each, so that its peak memory is its own
-                rows.append(pool.apply(function, (size, *arguments)))
-        print("\n| " + " | ".join(["", *[cell_text(row.pop(next(iter(row)))) for row in rows]]) + " |")
-        print("|---" + "|--:" * len(rows) + "|")
-        for name in rows[0]:
-            print(f"| {name} | " + " | ".join(cell_text(row.get(name)) for row in rows) + " |")
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose peak memory is this column's
+                columns.append(pool.apply(function, (size, str(device))))
+        cells = {name: [f"{column[name]:.4g}" if name in column else "" for column in columns] for name in columns[0]}
+        print("\n" + as_table([[name, *numbers] for name, numbers in cells.items()]))
     return 0
-
-
-def cell_text(value):
-    """A number with three digits, a text as it is."""
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main(argv=None):

@@ -1384,14 +1384,16 @@ def ranks():
             distributed.destroy_process_group()
 
 
-def shared_parameters(images, config, backbone, device, hints, quiet):
-    """The first phase of UnSegMedGATc for this rank's images, with those of the others: what `fit` takes as `shared`."""
+def shared_parameters(images, scene, config, device, quiet):
+    """The first phase of UnSegMedGATc, over this rank's images and those of the others: what `fit` takes as `shared`.
+
+    scene: a function of an image to f (N,C) and the weights (N,) of its nodes. Where it fails, the image has no say.
+    """
     scenes = []
     for image in images:
         try:
-            view, features = look(load_image(image), config, backbone, device, **hints)
-            scenes.append((features.cpu(), node_weights(view, config.prior)))
-        except Exception:  # of which `segment` will tell
+            scenes.append([tensor.cpu() for tensor in scene(image)])
+        except Exception:  # of which the image's own turn will tell
             scenes.append(None)
     scenes = gather_all(scenes)  # every rank takes all the steps, so that all have the same parameters
     with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=quiet) as bar:
@@ -1414,8 +1416,12 @@ def run(options):
             raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
         how = hints | {"device": device, "backbone": backbone}
         if config.collective:  # over all the images, so that going on after an interruption changes nothing
-            images = [image for _, image, _ in share]
-            how["shared"] = shared_parameters(images, config, backbone, device, hints, options.quiet or rank > 0)
+
+            def scene(task):
+                view, features = look(load_image(task[1]), config, backbone, device, **hints)
+                return features, node_weights(view, config.prior)
+
+            how["shared"] = shared_parameters(share, scene, config, device, options.quiet or rank > 0)
         most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
         workers = most if options.workers is None else options.workers
         failures = []
