@@ -213,7 +213,8 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     again, _ = u.fit(features, adjacency)
     other, _ = u.fit(features, adjacency, u.Config(seed=1))
     assert torch.equal(assignment, again) and not torch.equal(assignment, other)
-    assert len(u.fit(features, adjacency, u.Config(settled=0, epochs=70))[1]) == 70
+    rising = u.fit(features, adjacency, u.Config(settled=0, lr=0.1, epochs=70))[1]  # 0 is never, though the loss rises
+    assert len(rising) == 70 and any(a < b for a, b in zip(rising[u.SOONEST - 4 :], rising[u.SOONEST - 1 :]))
 
 
 @pytest.mark.parametrize(
@@ -679,7 +680,7 @@ def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
     assert result.probability[truth].mean() > 0.9 and result.probability[~truth].mean() < 0.3
     again = segment(Image.fromarray(rgb), size=96, stride=stride, window=4)
     assert np.array_equal(result.probability, again.probability) and result.view.grid == grid
-    assert iou(inverted.probability > 0.5, ~truth) > 0.8 and inverted.mask[~truth].mean() > 0.95
+    assert iou(inverted.probability > 0.5, ~truth) > 0.8 and iou(inverted.mask, ~truth) > 0.8  # its hole stays
 
 
 @pytest.mark.parametrize("clusters", [4, 20])

@@ -66,7 +66,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 
 @dataclass(frozen=True)
 class Config:
-    """Every hyper-parameter, with its source. Each is a flag of the same name. Raises ValueError when out of range."""
+    """Every hyper-parameter, with its source. Each is a flag, with hyphens. Raises ValueError when out of range."""
 
     size: int = setting(224, "px of the features' shorter side, a multiple of 8", "authors' code", least=2 * PATCH)
     stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", (8, 4, 2))
@@ -79,14 +79,14 @@ class Config:
     activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
     residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
     epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", least=1)
-    settled: float = setting(0.01, "stop once 3 steps gain less than this share of the loss", "ours; paper: 0", least=0)
+    settled: float = setting(0.01, "stop once 3 steps gain less than this share of it; 0: never", "ours; paper: 0", least=0)
     collective: int = setting(0, "T0, how many epochs are passes with shared parameters", "paper: UnSegMedGATc", least=0)
     lr: float = setting(3e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
     window: float = setting(2.5, "radii of the place from its centre to the window's sides", "ours", least=1)
-    prior: float = setting(1.0, "radii, the width of the nodes' weights around the place; 0: all alike", "ours", least=0)
+    prior: float = setting(1.0, "radii, the width of the nodes' weights around the place; 0: no fading", "ours", least=0)
     colour_steps: int = setting(4, "steps of the colours that sharpen the outline; 0 for none", "ours", least=0)
     trust: float = setting(3.0, "gamma, the log-odds of a sure cluster in these steps", "ours", least=0)
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
@@ -133,10 +133,15 @@ class ImageError(ValueError):
     """An image that cannot be segmented; the message says why and what to do."""
 
 
+def reason(error):
+    """An exception in one line."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 def load_image(source):
     """Read any still image as RGB: uint8 (H,W,3), turned upright by its EXIF orientation.
 
-    source: a path, a PIL image, or an array (H,W) or (H,W,3) of uint8. More than 8 bits a pixel are scaled by
+    source: a path, a PIL image, or an array (H,W) or (H,W,3) of uint8. More than 8 bits a channel are scaled by
     the image's own range, transparency is laid on white. Raises ImageError for whatever is not one still image.
     """
     if isinstance(source, np.ndarray):
@@ -151,7 +156,7 @@ def load_image(source):
             raise ImageError(f"it holds {image.n_frames} frames: save the one you want as a still image")
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            grey = np.nan_to_num(np.asarray(image, np.float64))
+            grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
             grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-12))
             image = Image.fromarray(np.rint(grey).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -167,8 +172,8 @@ def load_image(source):
     except IsADirectoryError:
         raise ImageError("it is a folder") from None
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
-        reason = str(error).split("\n")[0].replace(f" {str(source)!r}", "")
-        raise ImageError(f"it cannot be read as an image ({reason}): is it damaged or incomplete?") from None
+        why = reason(error).replace(f" {str(source)!r}", "")
+        raise ImageError(f"it cannot be read as an image ({why}): is it damaged or incomplete?") from None
     if min(rgb.shape[:2]) < PATCH:
         raise ImageError(f"{rgb.shape[1]} x {rgb.shape[0]} pixels are too few: each side needs at least {PATCH}")
     return rgb
@@ -305,7 +310,8 @@ def load_dino(weights=None, branch="teacher", progress=True):
 
     weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
     branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
-    Raises ValueError for a file that is not exactly these weights, OSError where it cannot be read or fetched.
+    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where there is none or it
+    cannot be fetched, RuntimeError for another digest.
     """
     if branch not in ("teacher", "student"):
         raise ValueError(f"branch must be teacher or student, got {branch!r}")
@@ -322,8 +328,7 @@ def load_dino(weights=None, branch="teacher", progress=True):
             warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds on what is not a checkpoint
-        reason = str(error).split("\n")[0][:120]
-        raise ValueError(f"{path}: not a weights file that can be loaded safely ({reason})") from None
+        raise ValueError(f"{path}: not a weights file that can be loaded safely ({reason(error)[:120]})") from None
     if isinstance(state, dict) and branch in state and isinstance(state[branch], dict):
         state = {name.removeprefix("module."): tensor for name, tensor in state[branch].items()}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -392,8 +397,8 @@ class MaskedAttention(torch.autograd.Function):
         top = t.amax(1, keepdim=True)
         s, t = s + top, t - top
         shift = F.leaky_relu(s, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
-        # e^-30 of the top is nothing beside it. Less would end in denormal numbers, on which a CPU takes many times longer.
-        return [x.clamp(min=-30).exp() for x in (s - shift, SLOPE * s - shift, t, SLOPE * t)]
+        # Products of two below e^-40 would be denormal numbers, on which a CPU takes many times longer.
+        return [x.clamp(min=-40).exp() for x in (s - shift, SLOPE * s - shift, t, SLOPE * t)]
 
     @staticmethod
     def weights(factors, block, mask):
@@ -567,7 +572,7 @@ def fit(features, adjacency, config=Config(), shared=None):
     for _ in range(epochs):
         losses.append(gradients(network, x, adjacency, config).item())
         optimizer.step()
-        if len(losses) >= SOONEST and losses[-4] - losses[-1] < config.settled * abs(losses[-1]):
+        if config.settled and len(losses) >= SOONEST and losses[-4] - losses[-1] < config.settled * abs(losses[-1]):
             break
     with torch.no_grad():
         return network(x, adjacency), losses
@@ -764,7 +769,7 @@ class Backbone:
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu", progress=True):
     """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
 
-    Falls back only for "auto" without `weights`, and says so. Raises as load_dino, and ValueError for other names.
+    Falls back only for "auto" without `weights`, and says so. The last one loaded is kept. Raises as load_dino, and ValueError for other names.
     """
     if backbone not in ("auto", "dino", "builtin"):
         raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
@@ -883,7 +888,7 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
 
 
 def node_weights(view, width):
-    """How much each patch matters (N,): a Gaussian of its distance from the place, `width` radii wide; 0 for all alike."""
+    """How much each patch matters (N,): a Gaussian of its distance from the place, `width` radii wide; 0: no fading."""
     fade = torch.exp(-(view.rho(view.stride) ** 2) / (2 * width**2)) if width else torch.ones(view.grid)
     return (fade if view.box else fade * view.allowed(view.stride)).flatten()
 
@@ -998,7 +1003,8 @@ def finish(view, assignment, config):
     else:  # the likeliest cluster, of the foreground ones inside the mask and of the others outside it
         chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
         labels[y0:y1, x0:x1] = np.where(chosen, soft[..., 1:], -np.inf).argmax(2)
-    return clean_mask(mask, config.components), probability, labels, assignment
+    mask = mask if config.invert else clean_mask(mask, config.components)  # the hole in an inverse is the object
+    return mask, probability, labels, assignment
 
 
 @dataclass(frozen=True)
@@ -1007,7 +1013,7 @@ class Segmentation:
 
     mask: np.ndarray  # (H,W) bool, the object
     probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before holes are filled and pieces dropped
-    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from the surest background cluster to the surest foreground
+    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, background to foreground by sureness; before cleaning
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
     view: View  # the window that was looked at, and the place
     features: torch.Tensor  # (N,C) f, rows of length 1
@@ -1228,7 +1234,7 @@ def build_parser():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
     add_backbone_flags(parser)
-    add("--preset", choices=PRESETS, help="the paper's settings, without what is ours")
+    add("--preset", choices=PRESETS, help="the paper's settings from the graph on")
     add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
     add("--workers", type=int, metavar="N", help="threads that share several images; default: one a core, at most 4 "
         "on a GPU. Of no influence on the outputs")  # fmt: skip
@@ -1313,11 +1319,6 @@ def draw(kind, result, config):
     return picture
 
 
-def reason(error):
-    """An exception in one line."""
-    return str(error).split("\n")[0] or type(error).__name__
-
-
 def segment_to_files(image, outputs, config, how, verbose):
     """One image from file to files: (what to say of it, None), or (None, why it failed)."""
     start = time.perf_counter()
@@ -1375,7 +1376,7 @@ def ranks():
     """`rank_and_world` under torchrun, whose processes share the images."""
     if "LOCAL_RANK" in os.environ:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         distributed.init_process_group(timeout=timedelta(days=1))  # they wait for the slowest; torchrun minds the dead
     try:
         yield rank_and_world()
