@@ -124,7 +124,7 @@ def solve(
     smoothness: lambda, the weight of the smoothness term; sigmas: see BilateralGrid.
     iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
         earlier at this relative residual.
-    Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the solver's tolerance.
+    Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the tolerance.
     Raises ValueError for shapes that disagree, values that are not finite, a confidence outside [0,1].
     """
     target = np.asarray(target, float)

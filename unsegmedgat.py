@@ -79,14 +79,14 @@ class Config:
     activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
     residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
     epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", least=1)
-    settled: float = setting(0.01, "stop once 3 steps gain less than this share of it; 0: never", "ours; paper: 0", least=0)
-    collective: int = setting(0, "T0, how many epochs are passes with shared parameters", "paper: UnSegMedGATc", least=0)
+    settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0", least=0)
+    collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc", least=0)
     lr: float = setting(3e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
     window: float = setting(2.5, "radii of the place from its centre to the window's sides", "ours", least=1)
-    prior: float = setting(1.0, "radii, the width of the nodes' weights around the place; 0: no fading", "ours", least=0)
+    prior: float = setting(1.0, "radii, the width of the nodes' weights about the place; 0: none", "ours", least=0)
     colour_steps: int = setting(4, "steps of the colours that sharpen the outline; 0 for none", "ours", least=0)
     trust: float = setting(3.0, "gamma, the log-odds of a sure cluster in these steps", "ours", least=0)
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
@@ -341,7 +341,7 @@ def load_dino(weights=None, branch="teacher", progress=True):
     model = VisionTransformer()
     try:
         model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:  # which tensors are missing, unexpected, of another shape
+    except (RuntimeError, AttributeError, TypeError) as error:  # tensors missing, unexpected, of another shape
         differs = " ".join(str(error).split("\n\t")[1:])[:200]
         raise ValueError(f"{path}: not DINO's ViT-S/8: {differs}") from None
     for name, tensor in state.items():
@@ -672,7 +672,8 @@ def field_of_view(image):
     def touching(cells, depth, most):  # the pieces that touch the border, near it and not too large
         pieces, _ = ndimage.label(cells)
         border = set(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])) - {0}
-        return np.isin(pieces, [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most])
+        small = [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most]
+        return np.isin(pieces, small)
 
     dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
     a, b = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH // 2).numpy()  # pen strokes are thinner than a cell
@@ -700,7 +701,7 @@ class View:
     box: bool = False  # whether the user has drawn the place as a box
 
     def centres(self, stride, patch):
-        """Centres of the patches of `patch` px every `stride` px of the resized window: (h,1) and (1,w), in px of rgb."""
+        """Centres of patches of `patch` px every `stride` px of the resized window: (h,1) and (1,w), in px of rgb."""
         y0, x0, y1, x1 = self.window
         s, t = self.image.shape[1:]
         rows = torch.arange((s - patch) // stride + 1) * stride + patch / 2
@@ -769,7 +770,8 @@ class Backbone:
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu", progress=True):
     """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
 
-    Falls back only for "auto" without `weights`, and says so. The last one loaded is kept. Raises as load_dino, and ValueError for other names.
+    Falls back only for "auto" without `weights`, and says so. The last one loaded is kept. Raises as load_dino, and
+    ValueError for other names.
     """
     if backbone not in ("auto", "dino", "builtin"):
         raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
@@ -801,7 +803,8 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
 # ---------------------------------------------------------------------------------------------------------------
 
 RADII = np.geomspace(0.07, 0.5, 9)  # of the discs that are tried, of the shorter side
-SIZE_FIRST, SIZE_NEXT = 0.6, 0.5  # powers of the radius in the scores: larger discs are preferred
+# Powers of the radius in the scores of place and size: larger discs are preferred, less so where somebody has clicked.
+PLACE_POWER, SIZE_POWER, CLICK_POWER = 0.6, 0.5, 0.35
 NEAR = 0.4  # radii, how far the point may be from the middle of its disc
 
 
@@ -834,7 +837,8 @@ def locate(features, valid, point=None):
         disc = (distance <= radius).float()
         ring = (distance <= 1.4 * radius + 0.7).float() - disc
         sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (C+1,2,h,w)
-        means, shares = sums[:-1] / sums[-1].clamp(min=1), sums[-1] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
+        means = sums[:-1] / sums[-1].clamp(min=1)
+        shares = sums[-1] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
         contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
         discs.append((radius, contrast, (means[:, 0] - common[:, None, None]).norm(dim=0)))
 
@@ -842,10 +846,11 @@ def locate(features, valid, point=None):
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
         return int(row), int(column), float(discs[number][0])
 
+    power = SIZE_POWER if point is None else CLICK_POWER
     if point is None:
-        point = best(torch.stack([r**SIZE_FIRST * ring * far * inland * valid for r, ring, far in discs]))[:2]
+        point = best(torch.stack([r**PLACE_POWER * ring * far * inland * valid for r, ring, far in discs]))[:2]
     away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
-    return best(torch.stack([r**SIZE_NEXT * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
+    return best(torch.stack([r**power * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
 
 
 RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
@@ -869,7 +874,8 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     def see(window, stride, valid=None, place=None):
         top, left, bottom, right = window
         image, grid = resize_image(rgb[top:bottom, left:right], config.size, stride)
-        view = View(rgb, window, image, grid, stride, field_of_view(image) if valid is None else valid, place, bool(box))
+        valid = field_of_view(image) if valid is None else valid
+        view = View(rgb, window, image, grid, stride, valid, place, bool(box))
         return view, F.normalize(backbone.extract(view).to(device), dim=1)
 
     if box:
@@ -1056,7 +1062,7 @@ def segment(
 ):
     """Segment one photograph: the whole method.
 
-    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box: (x0, y0, x1, y1) px, point: (x, y) px, see `look`.
+    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box (x0, y0, x1, y1), point (x, y): px, see `look`.
     backbone: "auto", "dino", "builtin", or a Backbone. weights, branch: see `load_dino`. device: "auto", "cpu", "cuda"
     or "mps". shared: parameters from `fit_collective`. progress: show the bar of a download.
     Returns a Segmentation. Raises ImageError for an image that cannot be segmented, ValueError and OSError for
@@ -1208,7 +1214,7 @@ def add_config_flags(parser):
 def add_backbone_flags(parser):
     """The flags that say which features and where, the same for both programs."""
     parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto",
-                        help="features: DINO's, the built-in colours, or DINO's if its weights can be had (auto)")  # fmt: skip
+                        help="features: DINO's, the built-in colours, or DINO's if it can be had (auto)")  # fmt: skip
     parser.add_argument("--weights", type=Path, help="DINO's weights file, not torch.hub's cache or a download")
     parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -1337,8 +1343,8 @@ def segment_to_files(image, outputs, config, how, verbose):
 def worker_map(workers, images):
     """A `map` over images that keeps their order: in this thread for one image, else in so many threads.
 
-    Each then computes alone (torch lets go of Python's lock for its operations), as two threads that share one operation
-    wait for each other; and sums in one order give the same bytes whatever the number of workers.
+    Each then computes alone (torch lets go of Python's lock for its operations), as two threads that share one
+    operation wait for each other; and sums in one order give the same bytes whatever the number of workers.
     """
     if images == 1:
         yield map
@@ -1365,12 +1371,6 @@ def gather(value):
     return values
 
 
-def gather_all(share):
-    """All items of a list that ranks share as [rank::world], in their order; the list itself without torchrun."""
-    parts = gather(share)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-
-
 @contextlib.contextmanager
 def ranks():
     """`rank_and_world` under torchrun, whose processes share the images."""
@@ -1386,8 +1386,9 @@ def ranks():
 
 
 def shared_parameters(images, scene, config, device, quiet):
-    """The first phase of UnSegMedGATc, over this rank's images and those of the others: what `fit` takes as `shared`.
+    """The first phase of UnSegMedGATc: what `fit` takes as `shared`.
 
+    images: this rank's, of a list that ranks share as [rank::world]; those of the others count as well.
     scene: a function of an image to f (N,C) and the weights (N,) of its nodes. Where it fails, the image has no say.
     """
     scenes = []
@@ -1396,13 +1397,16 @@ def shared_parameters(images, scene, config, device, quiet):
             scenes.append([tensor.cpu() for tensor in scene(image)])
         except Exception:  # of which the image's own turn will tell
             scenes.append(None)
-    scenes = gather_all(scenes)  # every rank takes all the steps, so that all have the same parameters
+    parts = gather(scenes)  # every rank takes all the steps, so that all have the same parameters
+    scenes = [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]  # in their order
     with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=quiet) as bar:
         return fit_collective(scenes, config, device, progress=lambda: bar.update(1))
 
 
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"workers must be at least 1, got {options.workers}")
     config, plan, hints = config_from(options), plan_outputs(options), {"box": options.box, "point": options.point}
     with ranks() as (rank, world):
         share = [(n, image, outputs) for n, (image, outputs) in enumerate(plan, 1)][rank::world]
