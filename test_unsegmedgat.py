@@ -1,6 +1,7 @@
 """Tests: each part against an independent reference, on tiny inputs. Run `python -m pytest -q`."""
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -812,7 +813,8 @@ def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path):
         os.mkfifo(image)
         pipes.append(os.open(image, os.O_RDWR))
     command = [sys.executable, HERE / "unsegmedgat.py", *images, "-o", out, *QUICK, "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell would have it ignored
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stdout.readline().startswith("[1/9]")
     process.send_signal(signal.SIGINT)
     for image, pipe in zip(images[1:3], pipes):
