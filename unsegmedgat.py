@@ -511,8 +511,8 @@ class UnSegMedGAT(nn.Module):
 def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     """L = -Q_g + b (sqrt(K)/n |sum_i C_i| - 1), eq. (8) at g = b = 1; a scalar.
 
-    assignment C (N,K), adjacency A (N,N) symmetric. Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2 is eq. (7) with
-    B = A - g d d^T/2m never formed; 2m = sum(A), d the degrees; g is the resolution of Reichardt and Bornholdt 2006.
+    assignment C (N,K), adjacency A (N,N) symmetric. Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2 is the modularity, eq. (6),
+    as eq. (7) with B = A - g d d^T/2m never formed; 2m = sum(A), d the degrees; g is the resolution of Reichardt and Bornholdt 2006.
     """
     n, k = assignment.shape
     degree = adjacency.sum(1)  # d: (N,)
@@ -520,7 +520,7 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     within = (assignment * (adjacency @ assignment)).sum() / two_m  # Tr(C^T A C) / 2m
     expected = ((degree @ assignment) / two_m).square().sum()  # |C^T d|^2 / (2m)^2
     collapse = math.sqrt(k) / n * assignment.sum(0).norm() - 1
-    return -(within - resolution * expected) + balance * collapse
+    return -(within - resolution * expected) + balance * collapse  # eqs. (7), (8)
 
 
 LENGTH = 4  # of the rows of X, root mean square
