@@ -511,7 +511,7 @@ class UnSegMedGAT(nn.Module):
 def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     """L = -Q_g + b (sqrt(K)/n |sum_i C_i| - 1), eq. (8) at g = b = 1; a scalar.
 
-    assignment C (N,K), adjacency A (N,N) symmetric. The modularity of eq. (6) is that of eq. (7) with B = A - g d d^T/2m
+    assignment C (N,K), adjacency A (N,N) symmetric. The modularity of eq. (6), here as eq. (7) with B = A - g d d^T/2m
     never formed: Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2; 2m = sum(A), d the degrees; g is the resolution of
     Reichardt and Bornholdt 2006.
     """
