@@ -8,8 +8,8 @@
     torchrun --nproc-per-node=8 eval.py images/ masks/          # on many cores, GPUs or machines
     python eval.py bench                                        # how fast it is on your machine; needs no images
 
-All clusterings get the same features and the same graph, and the paper's own steps turn their clusters into masks, so a
-difference between two rows is the clustering alone; the first row is the program as it ships, with its colour steps.
+All clusterings get the same features and the same graph, and the same steps turn their clusters into masks, so a
+difference between two rows is the clustering alone; the first row is what the program makes.
 Ground truth exists in this file only.
 Shapes: B images, N = h * w patches, C features, K clusters; masks are (H,W) bool. Boxes are (x0, y0, x1, y1) px, ends
 excluded.
@@ -56,8 +56,6 @@ log = logging.getLogger("eval")
 # ---------------------------------------------------------------------------------------------------------------
 # Methods: (features X (N,C), adjacency A (N,N), config) -> assignment (N,K), rows summing to 1
 # ---------------------------------------------------------------------------------------------------------------
-
-SHIPPED = "as-shipped"  # the row that keeps the config's colour steps; the others go without
 
 
 def unsegmedgat(features, adjacency, config):
@@ -203,7 +201,6 @@ def modularity(features, adjacency, config, convolution):
 
 
 METHODS = {  # one more line adds a method
-    SHIPPED: unsegmedgat,
     "unsegmedgat": unsegmedgat,
     "unsegmedgatc": unsegmedgatc,
     "vit-kmeans": kmeans,
@@ -511,10 +508,6 @@ def masks_of(stem, image, truth_path, rows, run):
         view, features, weights = look(seen, run, backbone, hint)
         return view, features, u.build_graph(features, run.config.tau, weights)
 
-    @functools.cache  # rows of one function share its assignment
-    def clusters(function):
-        return function(*scene()[1:], run.config)
-
     found = {}
     for row in rows:
         start = time.perf_counter()
@@ -529,15 +522,15 @@ def masks_of(stem, image, truth_path, rows, run):
             elif u.is_constant(seen):
                 masks = [np.zeros(seen.shape[:2], bool)]
             else:
-                view, features, _ = scene()
+                view, features, adjacency = scene()
                 start = time.perf_counter()  # what all rows share is not counted
-                core = view.core(view.stride).flatten()
-                assignment = one_hot(core, features, run.config) if row == LOCATED else clusters(run.methods[row])
-                config = run.config if row == SHIPPED else dataclasses.replace(run.config, colour_steps=0)
-                masks = []
-                for flip in polarities:
-                    mask = u.finish(view, assignment, dataclasses.replace(config, invert=config.invert ^ flip))[0]
-                    masks.append(np.asarray(Image.fromarray(mask).resize(seen.shape[1::-1], Image.NEAREST)))
+                if row == LOCATED:
+                    assignment = one_hot(view.core().flatten(), features, run.config)
+                else:
+                    assignment = run.methods[row](features, adjacency, run.config)
+                mask = Image.fromarray(u.finish(view, assignment, run.config)[0])
+                mask = np.asarray(mask.resize(seen.shape[1::-1], Image.NEAREST))
+                masks = [mask ^ flip for flip in polarities]
             found[row] = masks, time.perf_counter() - start
         except Exception as error:
             found[row] = error

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial.distance import cdist
-from scipy.stats import multivariate_normal
 from torch import nn
 
 import bilateral
@@ -95,7 +94,7 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
     [("", {}),
      ("--tau 0.5 --widths 32,64 --no-refine --invert", dict(tau=0.5, widths=(32, 64), refine=False, invert=True)),
      ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, lr=1e-3, balance=1.0, prior=0.0,
-                                            colour_steps=0, smoothness=7.0))],
+                                            contour=0.0, smoothness=7.0))],
 )  # fmt: skip
 def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_the_preset(flags, settings):
     parser = u.build_parser()
@@ -383,50 +382,23 @@ def test_of_two_objects_locate_finds_the_valid_one_or_the_one_at_the_point(colum
         assert iou(found, disc(14, column, 5)) > 0.6
 
 
-@pytest.mark.parametrize("stride, patch", [(8, 8), (4, 8), (4, 4)])
-def test_a_view_knows_its_patches_place_and_box_and_their_weights(stride, patch):
+@pytest.mark.parametrize("stride", [8, 4])
+def test_a_view_knows_its_patches_place_and_box_and_their_weights(stride):
     rgb, window, place = np.zeros((160, 240, 3), np.uint8), (32, 64, 128, 192), (70.0, 130.0, 30.0, 50.0)
     free, boxed = (view_of(rgb, window, place, box, stride) for box in (False, True))
     free.valid[:8] = 0  # the upper 64 rows
-    rows = 32 + patch / 2 + stride * np.arange((96 - patch) // stride + 1)[:, None]
-    columns = 64 + patch / 2 + stride * np.arange((128 - patch) // stride + 1)
+    rows = 32 + 4 + stride * np.arange((96 - 8) // stride + 1)[:, None]
+    columns = 64 + 4 + stride * np.arange((128 - 8) // stride + 1)
     v, w = (rows - 70) / 30, (columns - 130) / 50
     rho, valid = np.hypot(v, w), (rows >= 64) & (columns > 0)
-    np.testing.assert_allclose(free.rho(stride, patch), rho, rtol=1e-5)
-    assert np.array_equal(free.core(stride, patch), rho <= 1)
-    assert np.array_equal(free.allowed(stride, patch), valid)
-    assert np.array_equal(boxed.allowed(stride, patch), (abs(v) <= 1) & (abs(w) <= 1))
-    if patch == u.PATCH:  # the nodes
-        fade = np.exp(-(rho**2) / (2 * 1.5**2))
-        np.testing.assert_allclose(u.node_weights(free, 1.5), (fade * valid).ravel(), rtol=1e-5)
-        np.testing.assert_allclose(u.node_weights(boxed, 1.5), fade.ravel(), rtol=1e-5)
-        assert (u.node_weights(boxed, 0) == 1).all()  # as in the paper
-
-
-def test_gaussian_log_ratio_against_scipy():
-    torch.manual_seed(0)
-    colours, weight = torch.randn(50, 3), torch.rand(50)
-    logs = []
-    for w in (weight.numpy(), 1 - weight.numpy()):
-        mean = np.average(colours.numpy(), axis=0, weights=w)
-        covariance = np.cov(colours.numpy().T, aweights=w, ddof=0) + 0.09 * np.eye(3)
-        logs.append(multivariate_normal(mean, covariance).logpdf(colours.numpy()))
-    np.testing.assert_allclose(u.gaussian_log_ratio(colours, weight, 1 - weight), logs[0] - logs[1], atol=1e-4)
-
-
-def test_outline_recovers_the_lesion_from_an_unsure_assignment_but_a_sure_one_wins_over_the_colours():
-    rgb, truth = lesion()
-    small = F.avg_pool2d(torch.from_numpy(truth)[None].float(), 4)[0]
-    place, wrong = (48.0, 58.0, 27.0, 32.0), small.roll((3, -4), dims=(0, 1)) > 0.5  # a part of it looks like skin
-    rough = small.roll((2, -3), dims=(0, 1)) * 0.5 + 0.25
-
-    def outlined(foreground, trust, place=place, box=False):
-        return u.outline(view_of(rgb, place=place, box=box), foreground, u.Config(trust=trust)).numpy() > 0.5
-
-    small, sure, unsure = small.numpy() > 0.5, outlined(wrong.float(), 1000.0), outlined(wrong.float(), 0.0)
-    assert iou(outlined(rough, 1.0, (48.0, 58.0, 24.0, 28.0)), small) > 0.85
-    assert iou(outlined(rough, 3.0, box=True), small) > 0.85
-    assert iou(unsure, small) > 0.85 and iou(sure, wrong.numpy()) > 0.85 > 0.8 > iou(unsure, wrong.numpy())
+    np.testing.assert_allclose(free.rho(), rho, rtol=1e-5)
+    assert np.array_equal(free.core(), rho <= 1)
+    assert np.array_equal(free.allowed(stride), valid)
+    assert np.array_equal(boxed.allowed(stride), (abs(v) <= 1) & (abs(w) <= 1))
+    fade = np.exp(-((rho / 1.5) ** 4) / 2)
+    np.testing.assert_allclose(u.node_weights(free, 1.5), (fade * valid).ravel(), rtol=1e-5)
+    np.testing.assert_allclose(u.node_weights(boxed, 1.5), fade.ravel(), rtol=1e-5)
+    assert (u.node_weights(boxed, 0) == 1).all()  # as in the paper
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -671,17 +643,26 @@ def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background(
     assert not u.clean_mask(np.zeros((4, 4), bool), 1).any()
 
 
+def test_the_contour_is_that_of_the_blurred_mask():
+    y, x = np.mgrid[:80, :90]
+    mask = (abs(y - 40) < 20 + 2 * (x % 2)) & (abs(x - 45) < 25)  # with a ragged edge
+    blurred = ndimage.gaussian_filter(mask.astype(float), 0.1 * math.sqrt(mask.sum() / math.pi))
+    assert iou(u.draw_contour(mask, 0.4), blurred > 0.4) > 0.98 and u.draw_contour(mask, 0.4).sum() > mask.sum()
+    assert np.array_equal(u.draw_contour(mask, 0), mask) and not u.draw_contour(mask & False, 0.4).any()
+
+
 @pytest.mark.parametrize("stride, grid", [(8, (12, 16)), (4, (23, 31))])
 def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
     rgb, truth = lesion()
-    result, inverted = (segment(rgb, size=96, stride=stride, window=4, invert=invert) for invert in (False, True))
+    result, inverse = (segment(rgb, size=96, stride=stride, window=4, invert=invert) for invert in (False, True))
     assert result.mask.shape == result.probability.shape == result.labels.shape == truth.shape
     assert (result.mask.dtype, result.probability.dtype, result.labels.dtype) == (bool, np.float32, np.uint8)
     assert iou(result.mask, truth) > 0.9 and result.modularity > 0.01 and result.backbone == "builtin"
-    assert result.probability[truth].mean() > 0.9 and result.probability[~truth].mean() < 0.3
+    assert result.probability[truth].mean() > 0.85 and result.probability[~truth].mean() < 0.3
     again = segment(Image.fromarray(rgb), size=96, stride=stride, window=4)
     assert np.array_equal(result.probability, again.probability) and result.view.grid == grid
-    assert iou(inverted.probability > 0.5, ~truth) > 0.8 and iou(inverted.mask, ~truth) > 0.8  # its hole stays
+    assert np.array_equal(inverse.mask, ~result.mask) and np.array_equal(inverse.labels, 1 - result.labels)
+    assert np.array_equal(inverse.probability, 1 - result.probability)
 
 
 @pytest.mark.parametrize("clusters", [4, 20])
@@ -702,7 +683,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     rgb, truth = lesion()
     both, mirrored = np.concatenate([rgb, rgb[:, ::-1]], axis=1), truth[:, ::-1]
     assert ndimage.label(segment(both, size=96).mask)[1] == 1
-    two = segment(both, size=96, components=2, window=6, prior=4).mask
+    two = segment(both, size=96, components=2, window=6, prior=5).mask
     assert iou(two, np.concatenate([truth, mirrored], axis=1)) > 0.8
     left, right = (segment(both, size=96, point=(x, 48)).mask for x in (58, 198))
     assert iou(left[:, :128], truth) > 0.85 and not left[:, 128:].any()
@@ -734,10 +715,10 @@ def test_any_backbone_decides_what_is_found_and_a_fit_without_communities_is_sai
     rgb, hidden = lesion()[0], disc(40, 90, 20, 96, 128)  # which the colours do not show
 
     def extract(view):
-        y, x = view.centres(view.stride, 8)
+        y, x = view.centres(view.stride)
         return torch.eye(2)[hidden[y.long(), x.long()].flatten().astype(int)] + 0.1
 
-    result = segment(rgb, u.Backbone("hidden", extract), size=96, trust=10.0, refine=False)
+    result = segment(rgb, u.Backbone("hidden", extract), size=96, refine=False)
     assert iou(result.mask, hidden) > 0.7 and result.backbone == "hidden" and not caplog.messages
     alike = segment(rgb, u.Backbone("alike", lambda view: torch.ones(math.prod(view.grid), 5)))
     assert abs(alike.modularity) < 1e-3 and len(caplog.messages) == 1 and "no communities" in caplog.messages[0]
@@ -1144,7 +1125,7 @@ def test_planted_features_are_the_stated_formula():
 
 @pytest.mark.parametrize("protocol", ["blind", "point", "box", "official --preset official"])
 def test_a_planted_run_says_so_and_finds_the_object(score, capsys, protocol):
-    code, summary = score("--methods", "as-shipped,dsm", "--plant", "0.5", "--protocol", *protocol.split())
+    code, summary = score("--methods", "unsegmedgat,dsm", "--plant", "0.5", "--protocol", *protocol.split())
     assert code == 0 and "planted from the GROUND TRUTH, noise 0.5" in capsys.readouterr().out
     assert summary["rows"]["dsm"]["iou"]["mean"] > 0.8 and summary["settings"]["plant"] == 0.5
     assert summary["settings"]["config"]["heads"] == (1 if "preset" in protocol else 4)

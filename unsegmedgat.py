@@ -10,7 +10,7 @@ graph attention network is optimised, for that image alone, until its clusters h
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
 The first half is section II of the paper, in its order: image, features, graph (1), attention (2)-(4), network (5),
-loss (6)-(8), fit. What follows is ours: where to look, the outline, `segment`, pictures and the command line.
+loss (6)-(8), fit. What follows is ours: where to look, `segment`, pictures and the command line.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
 
@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from scipy import ndimage
 from torch import distributed, nn
 
@@ -86,11 +86,10 @@ class Config:
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
     window: float = setting(2.5, "radii of the place from its centre to the window's sides", "ours", least=1)
-    prior: float = setting(1.0, "radii, the width of the nodes' weights about the place; 0: none", "ours", least=0)
-    colour_steps: int = setting(4, "steps of the colours that sharpen the outline; 0 for none", "ours", least=0)
-    trust: float = setting(3.0, "gamma, the log-odds of a sure cluster in these steps", "ours", least=0)
+    prior: float = setting(1.4, "radii of the place within which nodes count in full; 0: all do", "ours", least=0)
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
+    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
+    contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", least=0)
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code", least=0)
     invert: bool = setting(False, "swap foreground and background", "ours")
     seed: int = setting(0, "of the network's first parameters", "ours", least=0)
@@ -107,7 +106,7 @@ class Config:
                 (limits["least"] is None or finite and value >= limits["least"], f"at least {limits['least']}"),
                 (limits["above"] is None or finite and value > limits["above"], f"above {limits['above']}"),
                 (name != "size" or value % PATCH == 0, f"a multiple of {PATCH}"),
-                (name != "tau" or value < 1, "below 1"),
+                (name not in ("tau", "contour") or value < 1, "below 1"),
                 (name != "widths" or value and all(w >= 1 and w % self.heads == 0 for w in value),
                  f"positive multiples of the number of heads, {self.heads}"),
                 (name != "clusters" or value <= 255, "at most 255"),
@@ -120,8 +119,8 @@ class Config:
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
 # own figures are of images cropped to the object.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "balance": 1.0, "prior": 0.0, "colour_steps": 0,
-                     "smoothness": 256.0}}  # fmt: skip
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
+                     "contour": 0.0}}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -701,44 +700,33 @@ class View:
     place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
     box: bool = False  # whether the user has drawn the place as a box
 
-    def centres(self, stride, patch):
-        """Centres of patches of `patch` px every `stride` px of the resized window: (h,1) and (1,w), in px of rgb."""
+    def centres(self, stride):
+        """Centres of the patches every `stride` px of the resized window: (h,1) and (1,w), in px of the photograph."""
         y0, x0, y1, x1 = self.window
         s, t = self.image.shape[1:]
-        rows = torch.arange((s - patch) // stride + 1) * stride + patch / 2
-        columns = torch.arange((t - patch) // stride + 1) * stride + patch / 2
+        rows = torch.arange((s - PATCH) // stride + 1) * stride + PATCH / 2
+        columns = torch.arange((t - PATCH) // stride + 1) * stride + PATCH / 2
         return rows[:, None] * ((y1 - y0) / s) + y0, columns[None] * ((x1 - x0) / t) + x0
 
-    def allowed(self, stride, patch=PATCH):
+    def allowed(self, stride):
         """Where object may be: (h,w), 0 or 1. The inside of the user's box, or the field of view."""
-        y, x = self.centres(stride, patch)
+        y, x = self.centres(stride)
         if self.box:
             cy, cx, ry, rx = self.place
             return torch.maximum((y - cy).abs() / ry, (x - cx).abs() / rx).le(1).float()
         rows = (y[:, 0] * (self.valid.shape[0] / self.rgb.shape[0])).long()
         return self.valid[rows][:, (x[0] * (self.valid.shape[1] / self.rgb.shape[1])).long()]
 
-    def rho(self, stride, patch=PATCH):
-        """Distances from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
-        y, x = self.centres(stride, patch)
+    def rho(self):
+        """Distances of the nodes from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
+        y, x = self.centres(self.stride)
         cy, cx, ry, rx = self.place
         return torch.hypot((y - cy) / ry, (x - cx) / rx)
 
-    def core(self, stride, patch=PATCH):
-        """The patches (h,w), 0 or 1, that are mostly object: those in the ellipse of the place, at least one."""
-        rho = self.rho(stride, patch)
+    def core(self):
+        """The nodes (h,w), 0 or 1, that are mostly object: those in the ellipse of the place, at least one."""
+        rho = self.rho()
         return (rho <= rho.min().clamp(min=1)).float()
-
-    @functools.cached_property
-    def lab(self):
-        """The window's Lab colours under even light, (3,s,t): deviations from the background's smooth surface."""
-        h, w = (side // PATCH for side in self.image.shape[1:])
-        if self.place is None:
-            weight = border_weight(h, w) * self.valid
-        else:
-            inside = self.allowed(PATCH) if self.box else F.max_pool2d(self.core(PATCH)[None], 3, 1, 1)[0]
-            weight = (1 - inside) * (1 if self.box else self.allowed(PATCH)) + 1e-3
-        return even_light(rgb_to_lab(self.image), weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -755,7 +743,10 @@ def builtin_descriptors(view):
     of the background's colour alike whatever the noise in them, and lets large deviations saturate: the cosine of
     eq. (1) sees angles, here of the colours beside 20 grey levels.
     """
-    colours = F.avg_pool2d(view.lab, PATCH, view.stride).flatten(1).T  # (N,3)
+    allowed = view.allowed(PATCH)
+    weight = 1 - allowed if view.box else border_weight(*allowed.shape) * allowed
+    lab = even_light(rgb_to_lab(view.image), weight + 1e-3)
+    colours = F.avg_pool2d(lab, PATCH, view.stride).flatten(1).T  # (N,3)
     return torch.cat([colours * torch.tensor([1, CHROMA, CHROMA]), torch.full((len(colours), 1), float(FLAT))], dim=1)
 
 
@@ -803,9 +794,8 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
 # Ours: where the object is, roughly
 # ---------------------------------------------------------------------------------------------------------------
 
-RADII = np.geomspace(0.07, 0.5, 9)  # of the discs that are tried, of the shorter side
-# Powers of the radius in the scores of place and size: larger discs are preferred, less so where somebody has clicked.
-PLACE_POWER, SIZE_POWER, CLICK_POWER = 0.6, 0.5, 0.35
+RADII = np.geomspace(0.07, 0.65, 16)  # of the discs that are tried, of the shorter side
+POWER, CLICK_POWER = 0.6, 0.4  # of the radius in a disc's score: larger discs are preferred, less so where one clicked
 NEAR = 0.4  # radii, how far the point may be from the middle of its disc
 
 
@@ -843,13 +833,13 @@ def locate(features, valid, point=None):
         contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
         discs.append((radius, contrast, (means[:, 0] - common[:, None, None]).norm(dim=0)))
 
-    def best(score):  # of all radii: (9,h,w)
+    def best(score):  # of all radii: (16,h,w)
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
         return int(row), int(column), float(discs[number][0])
 
-    power = SIZE_POWER if point is None else CLICK_POWER
+    power = POWER if point is None else CLICK_POWER
     if point is None:
-        point = best(torch.stack([r**PLACE_POWER * ring * far * inland * valid for r, ring, far in discs]))[:2]
+        point = best(torch.stack([r**power * ring * far.sqrt() * inland * valid for r, ring, far in discs]))[:2]
     away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
     return best(torch.stack([r**power * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
 
@@ -895,13 +885,13 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
 
 
 def node_weights(view, width):
-    """How much each patch matters (N,): a Gaussian of its distance from the place, `width` radii wide; 0: no fading."""
-    fade = torch.exp(-(view.rho(view.stride) ** 2) / (2 * width**2)) if width else torch.ones(view.grid)
+    """How much each patch matters (N,): fully within `width` radii of the place, then ever less; 0: no fading."""
+    fade = torch.exp(-((view.rho() / width) ** 4) / 2) if width else torch.ones(view.grid)
     return (fade if view.box else fade * view.allowed(view.stride)).flatten()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ours: the outline
+# From photograph to mask
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -917,48 +907,13 @@ def clean_mask(mask, components):
     return mask
 
 
-def gaussian_log_ratio(colours, foreground, background):
-    """log p(colour | foreground) / p(colour | background) of colours (P,3), each a full Gaussian, weighted (P,)."""
-    logs = []
-    for weight in (foreground, background):
-        weight = weight / weight.sum().clamp(min=3)
-        centred = colours - weight @ colours
-        covariance = (centred.T * weight) @ centred + 0.3**2 * torch.eye(3)  # the ridge: 3 grey levels
-        mahalanobis = (centred @ torch.linalg.inv(covariance) * centred).sum(1)
-        logs.append(-0.5 * (mahalanobis + torch.logdet(covariance)))
-    return logs[0] - logs[1]
+def draw_contour(mask, level):
+    """A mask (H,W) bool whose outline is smooth, and at a level below 0.5 a little further out, as people draw it.
 
-
-def outline(view, foreground, config):
-    """Sharpen the graph's foreground (s/4,t/4) in [0,1] by the colours: the probability of foreground (s/4,t/4).
-
-    Expectation maximisation with one Gaussian of Lab colours each for object and background, from the place on. In each
-    step the graph's assignment is evidence beside them: a sure cluster wins, an unsure one is settled by the colours.
-    Ours, in the manner of GrabCut (Rother et al. 2004) without its graph cut, which the bilateral solver replaces.
+    The mask is blurred by a tenth of its radius and cut at the level; 0 leaves it alone.
     """
-    colours = F.avg_pool2d(view.lab, 4).flatten(1).T / 10  # (P,3)
-    allowed, evidence = view.allowed(4, 4), config.trust * (2 * foreground - 1)
-    if view.box:  # objects fill the ellipse inscribed in a box, more or less
-        evidence = evidence + 12 * (1 - view.rho(4, 4) / 1.05)
-
-    def as_mask(p):
-        return torch.from_numpy(clean_mask((p > 0.5).numpy(), config.components))
-
-    p = view.core(4, 4) * allowed
-    for _ in range(config.colour_steps):
-        background = 1 - p if view.box else (1 - p) * allowed  # the ring around a box is surely background
-        ratio = gaussian_log_ratio(colours, p.flatten(), background.flatten()).view_as(p)
-        p = torch.sigmoid(evidence + ratio) * allowed
-        p = p * as_mask(p)
-    # People draw smooth outlines, a little outside what they see: so is this one, its 0.4 contour moved to 0.5.
-    mask = as_mask(p)
-    p = ndimage.gaussian_filter(mask.float().numpy(), 0.1 * math.sqrt(mask.sum() / math.pi), mode="nearest")
-    return torch.from_numpy(0.6 * p / (0.6 * p + 0.4 * (1 - p)))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From photograph to mask
-# ---------------------------------------------------------------------------------------------------------------
+    blur = ImageFilter.GaussianBlur(0.1 * math.sqrt(mask.sum() / math.pi))  # its standard deviation, px
+    return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 255 * level if level else mask
 
 
 def foreground_score(assignment, core):
@@ -971,47 +926,46 @@ def foreground_score(assignment, core):
     return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
 
 
+OVAL = 12  # log-odds of the middle of a box, against 3 of a sure cluster: objects fill the inscribed ellipse, or nearly
+
+
 def finish(view, assignment, config):
     """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    The foreground clusters are chosen, the soft assignment is upsampled and refined by the bilateral solver at the
-    image's own resolution, cluster by cluster (for K = 2 one is enough), then binarised, and the mask cleaned.
+    The foreground clusters are chosen, their soft assignment is upsampled and refined by the bilateral solver at the
+    image's own resolution, then binarised, and the mask cleaned.
     """
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
-    score = foreground_score(assignment, view.core(view.stride)) * (-1 if config.invert else 1)
-    assignment = assignment[..., score.argsort()].numpy()
+    score = foreground_score(assignment, view.core())
+    assignment = assignment[..., score.argsort()]
     background = int((score <= 0).sum())  # the labels from here on are foreground
+    foreground = assignment[..., background:].sum(2)  # (h,w)
+    if view.box:
+        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho() / 1.05))
+    foreground = foreground * view.allowed(view.stride)
 
     y0, x0, y1, x1 = view.window
-    rgb, (s, t) = view.rgb[y0:y1, x0:x1], view.image.shape[1:]
-    foreground = assignment[..., background:].sum(2, keepdims=True)  # (h,w,1)
-    if config.colour_steps and not config.invert:
-        foreground = torch.from_numpy(upsample(foreground, view.stride, (s // 4, t // 4), (s, t))[..., 0])
-        foreground = outline(view, foreground, config)[..., None].numpy()
-        soft = upsample(foreground, 4, rgb.shape[:2], (s, t), 4)  # (H',W',1), H' and W' of the window
-    else:
-        soft = upsample(foreground, view.stride, rgb.shape[:2], (s, t))
-    inside = 1.0
+    rgb, inside = view.rgb[y0:y1, x0:x1], np.ones((y1 - y0, x1 - x0), bool)  # H' and W', of the window
     if view.box:
         y, x, ry, rx = view.place
-        rows, columns = np.arange(y0, y1)[:, None, None] + 0.5, np.arange(x0, x1)[:, None] + 0.5
-        inside = (abs(rows - y) < ry) & (abs(columns - x) < rx)  # (H',W',1)
-    soft = soft * inside
-    if config.clusters > 2:
-        soft = np.concatenate([soft, upsample(assignment, view.stride, rgb.shape[:2], (s, t))], axis=2)
+        inside[:] = False
+        inside[round(y - ry) - y0 : round(y + ry) - y0, round(x - rx) - x0 : round(x + rx) - x0] = True
+    maps = torch.cat([foreground[..., None], assignment], dim=2).numpy()
+    maps = upsample(maps, view.stride, rgb.shape[:2], view.image.shape[1:])  # (H',W',1+K)
+    soft = maps[..., 0] * inside
     if config.refine:
-        soft = bilateral.solve(soft, rgb, smoothness=config.smoothness).astype(np.float32)
+        soft = bilateral.solve(soft, rgb, smoothness=config.smoothness).astype(np.float32).clip(0, 1) * inside
 
-    labels, probability = np.zeros(view.rgb.shape[:2], np.uint8), np.zeros(view.rgb.shape[:2], np.float32)
-    probability[y0:y1, x0:x1] = (soft[..., :1].clip(0, 1) * inside)[..., 0]
-    mask = probability > 0.5
-    if config.clusters == 2:
-        labels[mask] = 1
-    else:  # the likeliest cluster, of the foreground ones inside the mask and of the others outside it
-        chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
-        labels[y0:y1, x0:x1] = np.where(chosen, soft[..., 1:], -np.inf).argmax(2)
-    mask = mask if config.invert else clean_mask(mask, config.components)  # the hole in an inverse is the object
-    return mask, probability, labels, assignment
+    mask, probability, labels = (np.zeros(view.rgb.shape[:2], kind) for kind in (bool, np.float32, np.uint8))
+    probability[y0:y1, x0:x1] = soft
+    mask[y0:y1, x0:x1] = draw_contour(clean_mask(soft > 0.5, config.components), config.contour) & inside
+    # The likeliest cluster, of the foreground ones inside the mask and of the others outside it
+    chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
+    labels[y0:y1, x0:x1] = np.where(chosen, maps[..., 1:], -np.inf).argmax(2)
+    if config.invert:
+        mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
+        assignment = assignment.flip(2)
+    return mask, probability, labels, assignment.numpy()
 
 
 @dataclass(frozen=True)
@@ -1019,8 +973,8 @@ class Segmentation:
     """What `segment` returns; H, W are the image's own size after its EXIF rotation."""
 
     mask: np.ndarray  # (H,W) bool, the object
-    probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before holes are filled and pieces dropped
-    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, background to foreground by sureness; before cleaning
+    probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning and contour
+    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, background to foreground by sureness; the last ones make the mask
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
     view: View  # the window that was looked at, and the place
     features: torch.Tensor  # (N,C) f, rows of length 1
