@@ -932,8 +932,8 @@ OVAL = 12  # log-odds of the middle of a box, against 3 of a sure cluster: objec
 def finish(view, assignment, config):
     """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    The foreground clusters are chosen, their soft assignment is upsampled and refined by the bilateral solver at the
-    image's own resolution, then binarised, and the mask cleaned.
+    The foreground clusters are chosen, the soft assignment is upsampled and refined by the bilateral solver at the
+    image's own resolution, cluster by cluster for K > 2, then binarised, and the mask cleaned.
     """
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
     score = foreground_score(assignment, view.core())
@@ -952,9 +952,11 @@ def finish(view, assignment, config):
         inside[round(y - ry) - y0 : round(y + ry) - y0, round(x - rx) - x0 : round(x + rx) - x0] = True
     maps = torch.cat([foreground[..., None], assignment], dim=2).numpy()
     maps = upsample(maps, view.stride, rgb.shape[:2], view.image.shape[1:])  # (H',W',1+K)
-    soft = maps[..., 0] * inside
-    if config.refine:
-        soft = bilateral.solve(soft, rgb, smoothness=config.smoothness).astype(np.float32).clip(0, 1) * inside
+    maps[..., 0] *= inside
+    if config.refine:  # for K = 2 one target is enough
+        targets = np.s_[..., : 1 if config.clusters == 2 else None]
+        maps[targets] = bilateral.solve(maps[targets], rgb, smoothness=config.smoothness)
+    soft = maps[..., 0].clip(0, 1) * inside
 
     mask, probability, labels = (np.zeros(view.rgb.shape[:2], kind) for kind in (bool, np.float32, np.uint8))
     probability[y0:y1, x0:x1] = soft
@@ -1002,19 +1004,8 @@ def is_constant(rgb):
 COMMUNITIES = 1e-3  # modularity below which there are none
 
 
-def segment(
-    image,
-    config=Config(),
-    *,
-    box=None,
-    point=None,
-    backbone="auto",
-    weights=None,
-    branch="teacher",
-    device="auto",
-    shared=None,
-    progress=False,
-):
+def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
+            device="auto", shared=None, progress=False):  # fmt: skip
     """Segment one photograph: the whole method.
 
     image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box (x0, y0, x1, y1), point (x, y): px, see `look`.
