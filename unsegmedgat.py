@@ -960,7 +960,7 @@ def finish(view, assignment, config):
 
     mask, probability, labels = (np.zeros(view.rgb.shape[:2], kind) for kind in (bool, np.float32, np.uint8))
     probability[y0:y1, x0:x1] = soft
-    mask[y0:y1, x0:x1] = draw_contour(clean_mask(soft > 0.5, config.components), config.contour) & inside
+    mask[y0:y1, x0:x1] = clean_mask(draw_contour(soft > 0.5, config.contour), config.components) & inside
     # The likeliest cluster, of the foreground ones inside the mask and of the others outside it
     chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
     labels[y0:y1, x0:x1] = np.where(chosen, maps[..., 1:], -np.inf).argmax(2)
