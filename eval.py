@@ -1022,20 +1022,16 @@ def bench(argv):
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    logging.basicConfig(format=u.LOG_FORMAT)
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def program():
         if argv[:1] == ["bench"]:
             return bench(argv[1:])
         options = u.parse_options(build_parser(), argv, u.PRESETS | {"official": OFFICIAL})
         with u.ranks():
             return run_evaluation(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        log.error("%s", u.reason(error))
-        return 2
-    except KeyboardInterrupt:
-        log.error("interrupted; with --csv, --resume goes on from here")
-        return 130
+
+    return u.exit_code(program, "with --csv, --resume goes on from here")
 
 
 if __name__ == "__main__":

@@ -1125,7 +1125,6 @@ def explain(result, config):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 KINDS = {"probability": "8 bit", "labels": "the clusters in colours", "overlay": "the mask on the image",
          "explain": "the stages side by side", "mask": None}  # fmt: skip
-LOG_FORMAT = "%(levelname)s: %(message)s"
 
 
 def whole_numbers(count=None):
@@ -1392,18 +1391,24 @@ def run(options):
     return 1 if failures else 0
 
 
-def main(argv=None):
-    """The command line; returns the exit code."""
-    logging.basicConfig(format=LOG_FORMAT)
+def exit_code(program, advice):
+    """What program() returns; or 2 after an error, which is said in one line, and 130 after an interrupt."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own limit
     try:
-        return run(parse_options(build_parser(), argv))
+        return program()
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", reason(error))
         return 2
     except KeyboardInterrupt:
-        log.error("interrupted; what is written is whole, and --skip-existing goes on from here")
+        log.error("interrupted; %s", advice)
         return 130
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    advice = "what is written is whole, and --skip-existing goes on from here"
+    return exit_code(lambda: run(parse_options(build_parser(), argv)), advice)
 
 
 if __name__ == "__main__":
