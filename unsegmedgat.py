@@ -195,14 +195,14 @@ def resize_image(rgb, size, stride=PATCH):
     return (image[0] / 255).clamp(0, 1), (h, w)
 
 
-def upsample(values, stride, shape, size, patch=PATCH):
+def upsample(values, stride, shape, size):
     """Spread patch values (h,w,K) bilinearly over an image of shape (H,W), at the true patch centres: (H,W,K) numpy.
 
     size: (s,t), the resized image's height and width that the patches were cut from.
     """
     weights = []  # two matrices that interpolate: (H,h) and (W,w)
     for patches, pixels, resized in zip(values.shape[:2], shape, size):
-        centre = ((np.arange(pixels) + 0.5) * (resized / pixels) - patch / 2) / stride
+        centre = ((np.arange(pixels) + 0.5) * (resized / pixels) - PATCH / 2) / stride
         weights.append(np.stack([np.interp(centre, np.arange(patches), row) for row in np.eye(patches)], axis=1))
     rows, columns = (w.astype(np.float32) for w in weights)
     return np.stack([rows @ values[..., k] @ columns.T for k in range(values.shape[2])], axis=-1)
@@ -940,7 +940,7 @@ def finish(view, assignment, config):
     assignment = assignment[..., score.argsort()]
     background = int((score <= 0).sum())  # the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
-    if view.box:
+    if view.box:  # the ellipse settles what the clusters leave open
         foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho() / 1.05))
     foreground = foreground * view.allowed(view.stride)
 
