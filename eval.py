@@ -519,8 +519,6 @@ def masks_of(stem, image, truth_path, rows, run):
                     raise u.ImageError(f"there is no prediction named {stem}")
                 mask = load_mask(run.predictions[row][stem], rgb.shape[:2])[scored]
                 masks = [mask ^ flip for flip in polarities]
-            elif u.is_constant(seen):
-                masks = [np.zeros(seen.shape[:2], bool)]
             else:
                 view, features, adjacency = scene()
                 start = time.perf_counter()  # what all rows share is not counted

@@ -839,7 +839,7 @@ def locate(features, valid, point=None):
 
     power = POWER if point is None else CLICK_POWER
     if point is None:
-        point = best(torch.stack([r**power * ring * far.sqrt() * inland * valid for r, ring, far in discs]))[:2]
+        point = best(torch.stack([r**power * ring * far.sqrt() * inland for r, ring, far in discs]))[:2]
     away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
     return best(torch.stack([r**power * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
 
@@ -938,7 +938,7 @@ def finish(view, assignment, config):
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
     score = foreground_score(assignment, view.core())
     assignment = assignment[..., score.argsort()]
-    background = int((score <= 0).sum())  # the labels from here on are foreground
+    background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
     if view.box:  # the ellipse settles what the clusters leave open
         foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho() / 1.05))
@@ -996,12 +996,7 @@ def pick_device(device):
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
-def is_constant(rgb):
-    """Whether an image (H,W,3) uint8 shows nothing: JPEG can make one or two grey levels of it."""
-    return np.ptp(rgb.reshape(-1, 3), axis=0).max() <= 2
-
-
-COMMUNITIES = 1e-3  # modularity below which there are none
+COMMUNITIES = 1e-3  # modularity below which there are none: with the built-in colours, what differs by about 2 levels
 
 
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
@@ -1028,22 +1023,16 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     lap("read")
     view, features = look(rgb, config, backbone, device, box, point)
     lap("features")
-    if is_constant(rgb):
-        log.warning("%s is constant: there is no structure to segment, and the mask is empty", name)
-        nothing = np.zeros(rgb.shape[:2])
-        assignment = np.eye(config.clusters, dtype=np.float32)[np.zeros(view.grid, int)]
-        outcome = nothing > 0, nothing.astype(np.float32), nothing.astype(np.uint8), assignment
-        modularity, history = 0.0, []
-    else:
-        adjacency = build_graph(features, config.tau, node_weights(view, config.prior).to(device))
-        assignment, history = fit(features, adjacency, config, shared)
-        labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-        modularity = -modularity_loss(labels, adjacency, balance=0).item()  # eq. (6)
-        if modularity < COMMUNITIES:
-            log.warning("%s: the fit found no communities (modularity %.4f), so the mask says little", name, modularity)
-        lap("fit")
-        outcome = finish(view, assignment, config)
-        lap("refine")
+    adjacency = build_graph(features, config.tau, node_weights(view, config.prior).to(device))
+    assignment, history = fit(features, adjacency, config, shared)
+    labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
+    modularity = -modularity_loss(labels, adjacency, balance=0).item()  # eq. (6)
+    if modularity < COMMUNITIES:
+        log.warning("%s: the graph has no communities (modularity %.4f): no object is found", name, modularity)
+        assignment = torch.full_like(assignment, 1 / config.clusters)
+    lap("fit")
+    outcome = finish(view, assignment, config)
+    lap("refine")
     return Segmentation(*outcome, view, features, modularity, history, backbone.name, seconds)
 
 
@@ -1123,8 +1112,22 @@ def explain(result, config):
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
-KINDS = {"probability": "8 bit", "labels": "the clusters in colours", "overlay": "the mask on the image",
-         "explain": "the stages side by side", "mask": None}  # fmt: skip
+
+
+def in_colours(labels):
+    """Labels (H,W) uint8 as an image whose pixels are the labels, and whose palette makes them visible."""
+    picture = Image.fromarray(labels)
+    picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])  # a full one, or Pillow saves fewer bits
+    return picture
+
+
+KINDS = {  # of output: what it is, and the PIL image of a Segmentation; the mask last, whose presence says: all done
+    "probability": ("8 bit", lambda result, _: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))),
+    "labels": ("the clusters in colours", lambda result, _: in_colours(result.labels)),
+    "overlay": ("the mask on the image", lambda result, _: overlay(result.view.rgb, result.mask)),
+    "explain": ("the stages side by side", explain),
+    "mask": (None, lambda result, _: Image.fromarray(result.mask.astype(np.uint8) * 255)),
+}
 
 
 def whole_numbers(count=None):
@@ -1181,7 +1184,7 @@ def build_parser():
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
     add("--point", type=whole_numbers(2), metavar="X,Y", help="px, near the middle of the object")
     add("--box", type=whole_numbers(4), metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
-    for kind, what in KINDS.items():
+    for kind, (what, _) in KINDS.items():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
     add_backbone_flags(parser)
@@ -1227,7 +1230,7 @@ def plan_outputs(options):
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"{there}: there is no such folder, or no permission to write there")
 
-    kinds = [kind for kind, what in KINDS.items() if not what or getattr(options, kind)]
+    kinds = [kind for kind, (what, _) in KINDS.items() if not what or getattr(options, kind)]
     plan, writer = [], {image.resolve(): None for image in images}
     for image in images:
         mask = output if single else folder / f"{image.stem}.png"
@@ -1255,29 +1258,14 @@ def whole(path):
         part.unlink(missing_ok=True)
 
 
-def draw(kind, result, config):
-    """An output as a PIL image."""
-    if kind == "overlay":
-        return overlay(result.view.rgb, result.mask)
-    if kind == "explain":
-        return explain(result, config)
-    if kind == "probability":
-        return Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))
-    if kind == "mask":
-        return Image.fromarray(result.mask.astype(np.uint8) * 255)
-    picture = Image.fromarray(result.labels)  # the pixel is the label, the palette makes it visible
-    picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])  # a full one, or Pillow saves fewer bits
-    return picture
-
-
 def segment_to_files(image, outputs, config, how, verbose):
     """One image from file to files: (what to say of it, None), or (None, why it failed)."""
     start = time.perf_counter()
     try:
         result = segment(image, config, **how)
-        for kind, path in outputs.items():  # the mask last, so that its presence says that the image is done
+        for kind, path in outputs.items():
             with whole(path) as part:
-                draw(kind, result, config).save(part, format="PNG")
+                KINDS[kind][1](result, config).save(part, format="PNG")
     except Exception as error:  # whatever becomes of one image, the others go on
         return None, reason(error)
     said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, {time.perf_counter() - start:.1f} s"
