@@ -165,7 +165,7 @@ def optimise(convolution, loss, features, propagation, config):
         layer = convolution(features.shape[1], width, activation)
         perceptron = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, config.clusters))
     network = nn.ModuleList([layer, perceptron]).to(features.device)
-    x = u.standardise(features)
+    x = u.standardise(features, propagation)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     for _ in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
@@ -939,7 +939,8 @@ def bench_graph(n, device):
     config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), photograph(size, size)
     view, features = u.look(rgb, config, backbone, device)
     weights = u.node_weights(view, config.prior).to(device)
-    adjacency, x = u.build_graph(features, config.tau, weights), u.standardise(features)
+    adjacency = u.build_graph(features, config.tau, weights)
+    x = u.standardise(features, adjacency)
     network, optimizer = u.new_network(x.shape[1], config, device)
 
     def epoch():

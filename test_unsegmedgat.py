@@ -93,8 +93,8 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
     "flags, settings",
     [("", {}),
      ("--tau 0.5 --widths 32,64 --no-refine --invert", dict(tau=0.5, widths=(32, 64), refine=False, invert=True)),
-     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, lr=1e-3, balance=1.0, prior=0.0,
-                                            contour=0.0, smoothness=7.0))],
+     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, lr=1e-3, epsilon=4e-8, balance=1.0,
+                                            prior=0.0, contour=0.0, smoothness=7.0))],
 )  # fmt: skip
 def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_the_preset(flags, settings):
     parser = u.build_parser()
@@ -209,12 +209,12 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     assignment, history = u.fit(features, adjacency)
     assert torch.equal(torch.get_rng_state(), before)
     assert (assignment.argmax(1) == group).float().mean() in (0, 1)
-    assert u.SOONEST <= len(history) < 60 and history[-1] < history[0]
+    assert len(history) < 60 and history[-1] < -0.3 and abs(history[0]) < 1e-4  # from the uniform assignment
     again, _ = u.fit(features, adjacency)
     other, _ = u.fit(features, adjacency, u.Config(seed=1))
     assert torch.equal(assignment, again) and not torch.equal(assignment, other)
     rising = u.fit(features, adjacency, u.Config(settled=0, lr=0.1, epochs=70))[1]  # 0 is never, though the loss rises
-    assert len(rising) == 70 and any(a < b for a, b in zip(rising[u.SOONEST - 4 :], rising[u.SOONEST - 1 :]))
+    assert len(rising) == 70 and any(a < b for a, b in zip(rising, rising[3:]))
 
 
 @pytest.mark.parametrize(
@@ -239,11 +239,13 @@ def test_fit_reaches_the_modularity_of_the_leading_eigenvector_on_graphs_of_any_
     assert modularity(u.fit(features, adjacency)[0].argmax(1)) >= 0.9 * modularity(leading) > 0
 
 
-def test_standardised_features_have_no_mean_and_length_4_whatever_they_share():
-    x = u.standardise(torch.randn(50, 7) + 100)
-    torch.testing.assert_close(x.mean(0), torch.zeros(7), rtol=0, atol=1e-4)
-    assert math.isclose(x.square().sum(1).mean().sqrt(), 4, rel_tol=1e-4)
-    assert (u.standardise(torch.ones(3, 2)) == 0).all()
+def test_standardised_features_have_no_mean_and_length_4_whatever_they_share_nodes_counting_by_degree():
+    adjacency, degree = random_graph(50).float(), random_graph(50).float().sum(1)
+    x = u.standardise(torch.randn(50, 7) + 100, adjacency)
+    torch.testing.assert_close((degree[:, None] * x).sum(0) / degree.sum(), torch.zeros(7), rtol=0, atol=1e-4)
+    assert math.isclose(((degree * x.square().sum(1)).sum() / degree.sum()).sqrt(), 4, rel_tol=1e-4)
+    assert (u.standardise(torch.ones(3, 2), torch.ones(3, 3)) == 0).all()
+    assert u.standardise(x, 0 * adjacency).isfinite().all()  # without edges
 
 
 def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
@@ -251,11 +253,11 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
     config = u.Config(collective=3, epochs=10, settled=0, widths=(8,), heads=2)
     torch.manual_seed(config.seed)
     network = u.UnSegMedGAT(6, config)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, eps=config.epsilon / 4, weight_decay=1e-2)
     for x in images * 3:
         adjacency = u.build_graph(x, 0.3)
         optimizer.zero_grad()
-        u.modularity_loss(network(u.standardise(x), adjacency), adjacency, balance=0).backward()
+        u.modularity_loss(network(u.standardise(x, adjacency), adjacency), adjacency, balance=0).backward()
         optimizer.step()
     steps = []
     shared = u.fit_collective([(x, torch.ones(len(x))) for x in images], config, progress=lambda: steps.append(1))
@@ -383,22 +385,20 @@ def test_of_two_objects_locate_finds_the_valid_one_or_the_one_at_the_point(colum
 
 
 @pytest.mark.parametrize("stride", [8, 4])
-def test_a_view_knows_its_patches_place_and_box_and_their_weights(stride):
+def test_a_view_knows_its_patches_and_place_and_their_weights(stride):
     rgb, window, place = np.zeros((160, 240, 3), np.uint8), (32, 64, 128, 192), (70.0, 130.0, 30.0, 50.0)
-    free, boxed = (view_of(rgb, window, place, box, stride) for box in (False, True))
-    free.valid[:8] = 0  # the upper 64 rows
+    view = view_of(rgb, window, place, stride=stride)
+    view.valid[:8] = 0  # the upper 64 rows
     rows = 32 + 4 + stride * np.arange((96 - 8) // stride + 1)[:, None]
     columns = 64 + 4 + stride * np.arange((128 - 8) // stride + 1)
     v, w = (rows - 70) / 30, (columns - 130) / 50
     rho, valid = np.hypot(v, w), (rows >= 64) & (columns > 0)
-    np.testing.assert_allclose(free.rho(), rho, rtol=1e-5)
-    assert np.array_equal(free.core(), rho <= 1)
-    assert np.array_equal(free.allowed(stride), valid)
-    assert np.array_equal(boxed.allowed(stride), (abs(v) <= 1) & (abs(w) <= 1))
+    np.testing.assert_allclose(view.rho(stride), rho, rtol=1e-5)
+    assert np.array_equal(view.core(), rho <= 1)
+    assert np.array_equal(view.allowed(stride), valid)
     fade = np.exp(-((rho / 1.5) ** 4) / 2)
-    np.testing.assert_allclose(u.node_weights(free, 1.5), (fade * valid).ravel(), rtol=1e-5)
-    np.testing.assert_allclose(u.node_weights(boxed, 1.5), fade.ravel(), rtol=1e-5)
-    assert (u.node_weights(boxed, 0) == 1).all()  # as in the paper
+    np.testing.assert_allclose(u.node_weights(view, 1.5), (fade * valid).ravel(), rtol=1e-5)
+    assert np.array_equal(u.node_weights(view, 0), valid.ravel())  # as in the paper
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -854,8 +854,8 @@ def test_bad_images_end_in_one_clear_line_and_no_output(tmp_path, caplog, write,
 
 @pytest.mark.parametrize("name", ["flat.png", "flat.jpg"])  # a JPEG of one colour and noise has a level or two more
 def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
-    flat = np.full((48, 64, 3), (200, 150, 140), np.uint8) + np.random.default_rng(0).integers(0, 2, (48, 64, 3), np.uint8)
-    Image.fromarray(flat if name == "flat.jpg" else flat // 2 * 2).save(tmp_path / name)
+    noise = np.random.default_rng(0).integers(0, 2 if name == "flat.jpg" else 1, (48, 64, 3), np.uint8)
+    Image.fromarray(np.uint8([200, 150, 140]) + noise).save(tmp_path / name)
     arguments = [str(tmp_path / name), "-o", str(tmp_path / "mask.png"), *QUICK, "--clusters", "3"]
     assert u.main([*arguments, "--explain", "--overlay", "--labels", "--probability"]) == 0
     assert len(caplog.messages) == 1 and f"{name}: the graph has no communities" in caplog.text

@@ -81,7 +81,8 @@ class Config:
     epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", least=1)
     settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0", least=0)
     collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc", least=0)
-    lr: float = setting(3e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
+    lr: float = setting(5e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
+    epsilon: float = setting(4e-5, "AdamW's, times K^2; small gradients make small steps", "ours; torch 4e-8", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
@@ -119,8 +120,8 @@ class Config:
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
 # own figures are of images cropped to the object.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
-                     "contour": 0.0}}  # fmt: skip
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "epsilon": 4e-8, "balance": 1.0, "prior": 0.0,
+                     "smoothness": 256.0, "contour": 0.0}}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -475,8 +476,15 @@ class GraphAttention(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+NEARLY_ALIKE = 0.01  # of the last layer's usual first parameters
+
+
 class UnSegMedGAT(nn.Module):
-    """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5)."""
+    """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5).
+
+    It starts close to the uniform assignment, where the loss of eq. (8) is level: from there gradient steps follow the
+    leading eigenvector of the modularity matrix rather than a chance division. The paper leaves the start open.
+    """
 
     def __init__(self, in_features, config=Config()):
         super().__init__()
@@ -490,6 +498,8 @@ class UnSegMedGAT(nn.Module):
         )
         self.first = nn.ModuleList(nn.Linear(width, config.projection) for width in config.widths)
         self.second = nn.Linear(config.projection, config.clusters)
+        for parameter in self.second.parameters():
+            parameter.data *= NEARLY_ALIKE
 
     def forward(self, features, adjacency):
         """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1."""
@@ -526,18 +536,20 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
 LENGTH = 4  # of the rows of X, root mean square
 
 
-def standardise(features):
+def standardise(features, adjacency):
     """The node features X (N,C) from f (N,C): less their mean, which tells no nodes apart, with rows of length about 4.
 
     The paper leaves the scale open. A common part longer than the differences, as DINO's keys have one, saturates the
-    softmax of eq. (5) within a few steps; of X in this form the fits of all graphs settle in 10 to 20.
+    softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
     """
-    x = features - features.mean(0)
-    return x * (LENGTH / x.square().sum(1).mean().sqrt().clamp(min=1e-12))
+    degree = adjacency.sum(1)
+    share = degree / degree.sum().clamp(min=1e-12)  # (N,)
+    x = features - share @ features
+    return x * (LENGTH / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
 
 
 SEEDING = threading.Lock()  # torch's random state is one for all threads
-SOONEST = 10  # epochs before a fit may stop: the first ones may gain little
+COMMUNITIES = 1e-3  # modularity below which there are none: with the built-in colours, what differs by about 2 levels
 
 
 def new_network(in_features, config, device):
@@ -545,7 +557,9 @@ def new_network(in_features, config, device):
     with SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = UnSegMedGAT(in_features, config).to(device)
-    return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    # First steps are to be in proportion to the gradients, which near the uniform assignment go with 1 / K^2
+    how = {"lr": config.lr, "eps": config.epsilon / config.clusters**2, "weight_decay": config.weight_decay}
+    return network, torch.optim.AdamW(network.parameters(), **how)
 
 
 def gradients(network, features, adjacency, config):
@@ -562,7 +576,7 @@ def fit(features, adjacency, config=Config(), shared=None):
     features f (N,C), adjacency (N,N). shared: parameters from `fit_collective` to start from; the
     config.collective passes they have had are then taken off the epochs.
     """
-    x = standardise(features)
+    x = standardise(features, adjacency)
     network, optimizer = new_network(x.shape[1], config, x.device)
     epochs = config.epochs
     if shared is not None:
@@ -572,7 +586,8 @@ def fit(features, adjacency, config=Config(), shared=None):
     for _ in range(epochs):
         losses.append(gradients(network, x, adjacency, config).item())
         optimizer.step()
-        if config.settled and len(losses) >= SOONEST and losses[-4] - losses[-1] < config.settled * abs(losses[-1]):
+        begun = len(losses) > 3 and losses[-1] < -COMMUNITIES  # it left the uniform assignment, where the loss is 0
+        if config.settled and begun and losses[-4] - losses[-1] < config.settled * abs(losses[-1]):
             break
     with torch.no_grad():
         return network(x, adjacency), losses
@@ -593,7 +608,7 @@ def fit_collective(images, config=Config(), device="cpu", progress=None):
         for features, weights in images:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, None if weights is None else weights.to(device))
-            gradients(network, standardise(features), adjacency, config)
+            gradients(network, standardise(features, adjacency), adjacency, config)
             optimizer.step()
             if progress:
                 progress()
@@ -709,23 +724,20 @@ class View:
         return rows[:, None] * ((y1 - y0) / s) + y0, columns[None] * ((x1 - x0) / t) + x0
 
     def allowed(self, stride):
-        """Where object may be: (h,w), 0 or 1. The inside of the user's box, or the field of view."""
+        """Where object may be: (h,w), 0 or 1, of the field of view."""
         y, x = self.centres(stride)
-        if self.box:
-            cy, cx, ry, rx = self.place
-            return torch.maximum((y - cy).abs() / ry, (x - cx).abs() / rx).le(1).float()
         rows = (y[:, 0] * (self.valid.shape[0] / self.rgb.shape[0])).long()
         return self.valid[rows][:, (x[0] * (self.valid.shape[1] / self.rgb.shape[1])).long()]
 
-    def rho(self):
-        """Distances of the nodes from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
-        y, x = self.centres(self.stride)
+    def rho(self, stride):
+        """Distances of the patches from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
+        y, x = self.centres(stride)
         cy, cx, ry, rx = self.place
         return torch.hypot((y - cy) / ry, (x - cx) / rx)
 
     def core(self):
         """The nodes (h,w), 0 or 1, that are mostly object: those in the ellipse of the place, at least one."""
-        rho = self.rho()
+        rho = self.rho(self.stride)
         return (rho <= rho.min().clamp(min=1)).float()
 
 
@@ -744,8 +756,8 @@ def builtin_descriptors(view):
     eq. (1) sees angles, here of the colours beside 20 grey levels.
     """
     allowed = view.allowed(PATCH)
-    weight = 1 - allowed if view.box else border_weight(*allowed.shape) * allowed
-    lab = even_light(rgb_to_lab(view.image), weight + 1e-3)
+    background = view.rho(PATCH) > 1 if view.place else border_weight(*allowed.shape)
+    lab = even_light(rgb_to_lab(view.image), background * allowed + 1e-3)
     colours = F.avg_pool2d(lab, PATCH, view.stride).flatten(1).T  # (N,3)
     return torch.cat([colours * torch.tensor([1, CHROMA, CHROMA]), torch.full((len(colours), 1), float(FLAT))], dim=1)
 
@@ -886,8 +898,8 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
 
 def node_weights(view, width):
     """How much each patch matters (N,): fully within `width` radii of the place, then ever less; 0: no fading."""
-    fade = torch.exp(-((view.rho() / width) ** 4) / 2) if width else torch.ones(view.grid)
-    return (fade if view.box else fade * view.allowed(view.stride)).flatten()
+    fade = torch.exp(-((view.rho(view.stride) / width) ** 4) / 2) if width else torch.ones(view.grid)
+    return (fade * view.allowed(view.stride)).flatten()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -941,7 +953,7 @@ def finish(view, assignment, config):
     background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
     if view.box:  # the ellipse settles what the clusters leave open
-        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho() / 1.05))
+        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho(view.stride) / 1.05))
     foreground = foreground * view.allowed(view.stride)
 
     y0, x0, y1, x1 = view.window
@@ -994,9 +1006,6 @@ def pick_device(device):
     if not available.get(torch.device(device).type, False):
         raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-
-
-COMMUNITIES = 1e-3  # modularity below which there are none: with the built-in colours, what differs by about 2 levels
 
 
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
