@@ -169,8 +169,6 @@ def load_image(source):
         raise ImageError("it would decode to far too many pixels: scale it down first") from None
     except FileNotFoundError:
         raise ImageError("there is no such file") from None
-    except IsADirectoryError:
-        raise ImageError("it is a folder") from None
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         why = reason(error).replace(f" {str(source)!r}", "")
         raise ImageError(f"it cannot be read as an image ({why}): is it damaged or incomplete?") from None
