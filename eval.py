@@ -60,12 +60,12 @@ log = logging.getLogger("eval")
 
 def unsegmedgat(features, adjacency, config):
     """The paper's method, each image alone: what `unsegmedgat.segment` does."""
-    return u.fit(features, adjacency, config)[0]
+    return u.cluster(features, adjacency, config)[0]
 
 
 def unsegmedgatc(features, adjacency, config, shared):
     """The paper's collective method, from the parameters `shared` of `unsegmedgat.fit_collective`."""
-    return u.fit(features, adjacency, collective(config), shared)[0]
+    return u.cluster(features, adjacency, collective(config), shared)[0]
 
 
 def collective(config):

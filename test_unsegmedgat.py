@@ -210,6 +210,8 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     assert torch.equal(torch.get_rng_state(), before)
     assert (assignment.argmax(1) == group).float().mean() in (0, 1)
     assert len(history) < 60 and history[-1] < -0.3 and abs(history[0]) < 1e-4  # from the uniform assignment
+    finer = u.fit(features, adjacency, u.Config(resolution=0.9))[0]  # whose uniform assignment has a loss below 0
+    assert (finer.argmax(1) == group).float().mean() in (0, 1)
     again, _ = u.fit(features, adjacency)
     other, _ = u.fit(features, adjacency, u.Config(seed=1))
     assert torch.equal(assignment, again) and not torch.equal(assignment, other)
@@ -720,8 +722,10 @@ def test_any_backbone_decides_what_is_found_and_a_fit_without_communities_is_sai
 
     result = segment(rgb, u.Backbone("hidden", extract), size=96, refine=False)
     assert iou(result.mask, hidden) > 0.7 and result.backbone == "hidden" and not caplog.messages
-    alike = segment(rgb, u.Backbone("alike", lambda view: torch.ones(math.prod(view.grid), 5)))
-    assert abs(alike.modularity) < 1e-3 and len(caplog.messages) == 1 and "no communities" in caplog.messages[0]
+    for number, box in enumerate([None, (20, 20, 90, 80)], 1):
+        alike = segment(rgb, u.Backbone("alike", lambda view: torch.ones(math.prod(view.grid), 5)), box=box)
+        assert abs(alike.modularity) < 1e-3 and len(caplog.messages) == number and "no communities" in caplog.messages[-1]
+        assert not alike.mask.any() and not alike.labels.any() and (alike.assignment == 0.5).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -858,7 +862,7 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
     Image.fromarray(np.uint8([200, 150, 140]) + noise).save(tmp_path / name)
     arguments = [str(tmp_path / name), "-o", str(tmp_path / "mask.png"), *QUICK, "--clusters", "3"]
     assert u.main([*arguments, "--explain", "--overlay", "--labels", "--probability"]) == 0
-    assert len(caplog.messages) == 1 and f"{name}: the graph has no communities" in caplog.text
+    assert len(caplog.messages) == 1 and f"{name}: no communities" in caplog.text
     for kind in ("", "_labels", "_probability"):
         assert not np.array(Image.open(tmp_path / f"mask{kind}.png")).any()
 
@@ -988,7 +992,7 @@ def test_dsm_is_the_sign_of_the_fiedler_vector_of_a_dense_eigen_solver():
 def test_every_method_finds_planted_communities(name):
     features, group = two_communities()
     a = u.build_graph(features, 0.3)
-    extra = [u.fit_collective([(features, None)], u.Config(collective=5))] if name == "unsegmedgatc" else []
+    extra = [u.fit_collective([(features, torch.ones(40))], u.Config(collective=5))] if name == "unsegmedgatc" else []
     assignment = evaluator.METHODS[name](features, a, u.Config(epochs=150), *extra)
     torch.testing.assert_close(assignment.sum(1), torch.ones(40))
     assert (assignment.argmax(1) == group).float().mean() in (0, 1)

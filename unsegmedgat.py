@@ -82,12 +82,12 @@ class Config:
     settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0", least=0)
     collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc", least=0)
     lr: float = setting(5e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
-    epsilon: float = setting(4e-5, "AdamW's, times K^2; small gradients make small steps", "ours; torch 4e-8", above=0)
+    epsilon: float = setting(4e-5, "K^2 times AdamW's eps: small gradients, small steps", "ours; eps is 1e-8", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
-    window: float = setting(2.5, "radii of the place from its centre to the window's sides", "ours", least=1)
-    prior: float = setting(1.4, "radii of the place within which nodes count in full; 0: all do", "ours", least=0)
+    window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", least=1)
+    prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours", least=0)
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
     contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", least=0)
@@ -119,7 +119,7 @@ class Config:
 
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
-# own figures are of images cropped to the object.
+# own figures are of images cropped to the object, and so do the scale of X and the start, which it leaves open.
 PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "epsilon": 4e-8, "balance": 1.0, "prior": 0.0,
                      "smoothness": 256.0, "contour": 0.0}}  # fmt: skip
 
@@ -474,7 +474,7 @@ class GraphAttention(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-NEARLY_ALIKE = 0.01  # of the last layer's usual first parameters
+NEARLY_ALIKE = 0.01  # what the last layer's first parameters are multiplied by
 
 
 class UnSegMedGAT(nn.Module):
@@ -541,13 +541,12 @@ def standardise(features, adjacency):
     softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
     """
     degree = adjacency.sum(1)
-    share = degree / degree.sum().clamp(min=1e-12)  # (N,)
+    share = degree / degree.sum().clamp(min=torch.finfo(degree.dtype).tiny)  # (N,)
     x = features - share @ features
     return x * (LENGTH / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
 
 
 SEEDING = threading.Lock()  # torch's random state is one for all threads
-COMMUNITIES = 1e-3  # modularity below which there are none: with the built-in colours, what differs by about 2 levels
 
 
 def new_network(in_features, config, device):
@@ -568,6 +567,9 @@ def gradients(network, features, adjacency, config):
     return loss.detach()
 
 
+COMMUNITIES = 1e-3  # modularity below which there are none: the built-in colours then differ by less than 2 grey levels
+
+
 def fit(features, adjacency, config=Config(), shared=None):
     """Optimise the network for one image alone: the assignment (N,K) and the loss at every epoch that was needed.
 
@@ -580,22 +582,36 @@ def fit(features, adjacency, config=Config(), shared=None):
     if shared is not None:
         network.load_state_dict(shared)
         epochs -= config.collective
-    losses = []
+    losses, uniform = [], (config.resolution - 1) / config.clusters  # the loss of the uniform assignment
     for _ in range(epochs):
         losses.append(gradients(network, x, adjacency, config).item())
         optimizer.step()
-        begun = len(losses) > 3 and losses[-1] < -COMMUNITIES  # it left the uniform assignment, where the loss is 0
-        if config.settled and begun and losses[-4] - losses[-1] < config.settled * abs(losses[-1]):
+        gain = uniform - losses[-1]
+        begun = len(losses) > 3 and gain > COMMUNITIES  # the first steps away from the uniform assignment are small
+        if config.settled and begun and losses[-4] - losses[-1] < config.settled * gain:
             break
     with torch.no_grad():
         return network(x, adjacency), losses
 
 
+def cluster(features, adjacency, config=Config(), shared=None):
+    """What `fit` found: the assignment (N,K), the losses, and the modularity of the likeliest clusters, Q of eq. (6).
+
+    Where that is below COMMUNITIES there are none, and the assignment is the uniform one, of which no mask is made.
+    """
+    assignment, losses = fit(features, adjacency, config, shared)
+    labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
+    modularity = -modularity_loss(labels, adjacency, balance=0).item()
+    if modularity < COMMUNITIES:
+        assignment = torch.full_like(assignment, 1 / config.clusters)
+    return assignment, losses, modularity
+
+
 def fit_collective(images, config=Config(), device="cpu", progress=None):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
-    images: a sequence of f (N,C) with the weights (N,) of their nodes, N may differ; None is passed over. Each graph is
-    built anew when its turn comes, so that only one is in memory. progress: called after every step.
+    images: a sequence of pairs, f (N,C) and the weights (N,) of the nodes, N may differ; a None among them is left out.
+    Each graph is built anew when its turn comes, so that only one is in memory. progress: called after every step.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None where there is no image.
     """
     images = [image for image in images if image]
@@ -605,7 +621,7 @@ def fit_collective(images, config=Config(), device="cpu", progress=None):
     for _ in range(config.collective):
         for features, weights in images:
             features = features.to(device)
-            adjacency = build_graph(features, config.tau, None if weights is None else weights.to(device))
+            adjacency = build_graph(features, config.tau, weights.to(device))
             gradients(network, standardise(features, adjacency), adjacency, config)
             optimizer.step()
             if progress:
@@ -666,7 +682,7 @@ def even_light(lab, weight):
     curvature, axes = torch.linalg.eigh(torch.tensor([[xx, xy / 2], [xy / 2, yy]]))
     bent = (axes * curvature.clamp(max=0)) @ axes.T
     coefficients[3:, 0] = torch.stack([bent[0, 0], 2 * bent[0, 1], bent[1, 1]])
-    spread = (terms @ coefficients)[weight > 0, 0].std(correction=0)
+    spread = (terms @ coefficients)[:, 0].std(correction=0)
     coefficients = coefficients * (spread**4 / (spread**4 + UNEVEN**4))
     return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
 
@@ -709,7 +725,7 @@ class View:
     image: torch.Tensor  # (3,s,t) in [0,1], the window resized
     grid: tuple  # (h,w) patches
     stride: int  # px between patches
-    valid: torch.Tensor  # (rows,columns) of the whole photograph, 0 where no object can be: see `field_of_view`
+    valid: torch.Tensor  # (rows,columns) over the whole photograph, 0 where no object can be; all 1 for a box
     place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
     box: bool = False  # whether the user has drawn the place as a box
 
@@ -722,7 +738,7 @@ class View:
         return rows[:, None] * ((y1 - y0) / s) + y0, columns[None] * ((x1 - x0) / t) + x0
 
     def allowed(self, stride):
-        """Where object may be: (h,w), 0 or 1, of the field of view."""
+        """The patches (h,w), 0 or 1, in the field of view."""
         y, x = self.centres(stride)
         rows = (y[:, 0] * (self.valid.shape[0] / self.rgb.shape[0])).long()
         return self.valid[rows][:, (x[0] * (self.valid.shape[1] / self.rgb.shape[1])).long()]
@@ -777,10 +793,11 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
     """
     if backbone not in ("auto", "dino", "builtin"):
         raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
+    colours = Backbone("builtin", builtin_descriptors)
     if backbone == "builtin":
         if weights:
             raise ValueError("weights are for the dino backbone: leave them out with builtin")
-        return Backbone("builtin", builtin_descriptors)
+        return colours
     try:
         model = load_dino(weights, branch, progress).to(device)
     except (OSError, RuntimeError) as error:
@@ -790,7 +807,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
             "DINO's weights could not be had: %s. Using the built-in colour descriptors instead; "
             "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
         )  # fmt: skip
-        return Backbone("builtin", builtin_descriptors)
+        return colours
 
     def extract(view):
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
@@ -825,7 +842,7 @@ def locate(features, valid, point=None):
     point (row, column): the user's, in place of the first step.
     """
     h, w = valid.shape
-    maps = principal(features.flatten(0, 1), 12).T.unflatten(1, (h, w))  # contrasts are lengths: 12 axes hold them
+    maps = principal(features.flatten(0, 1), 12).T.unflatten(1, (h, w))  # which keep the distances, nearly
     border = border_weight(h, w) * valid
     common = (maps * border).sum((1, 2)) / border.sum().clamp(min=1e-6)
     layers = (torch.cat([maps, torch.ones(1, h, w)]) * valid)[:, None]  # (C+1,1,h,w): the last counts
@@ -895,7 +912,7 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
 
 
 def node_weights(view, width):
-    """How much each patch matters (N,): fully within `width` radii of the place, then ever less; 0: no fading."""
+    """How much each patch in the field of view matters (N,): ever less from `width` radii of the place on; 0: alike."""
     fade = torch.exp(-((view.rho(view.stride) / width) ** 4) / 2) if width else torch.ones(view.grid)
     return (fade * view.allowed(view.stride)).flatten()
 
@@ -950,7 +967,7 @@ def finish(view, assignment, config):
     assignment = assignment[..., score.argsort()]
     background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
-    if view.box:  # the ellipse settles what the clusters leave open
+    if view.box and background < config.clusters:  # the ellipse settles what the clusters leave open
         foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho(view.stride) / 1.05))
     foreground = foreground * view.allowed(view.stride)
 
@@ -986,12 +1003,12 @@ class Segmentation:
 
     mask: np.ndarray  # (H,W) bool, the object
     probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning and contour
-    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, background to foreground by sureness; the last ones make the mask
+    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, by `foreground_score`, ascending; the last ones make the mask
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
     view: View  # the window that was looked at, and the place
     features: torch.Tensor  # (N,C) f, rows of length 1
     modularity: float  # of the clusters, Q of eq. (6); near 0 where the graph has no communities
-    history: list  # the loss at every epoch
+    history: list  # the loss at every epoch that was needed
     backbone: str  # its name
     seconds: dict  # wall-clock time of each stage
 
@@ -1031,12 +1048,9 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     view, features = look(rgb, config, backbone, device, box, point)
     lap("features")
     adjacency = build_graph(features, config.tau, node_weights(view, config.prior).to(device))
-    assignment, history = fit(features, adjacency, config, shared)
-    labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-    modularity = -modularity_loss(labels, adjacency, balance=0).item()  # eq. (6)
+    assignment, history, modularity = cluster(features, adjacency, config, shared)
     if modularity < COMMUNITIES:
-        log.warning("%s: the graph has no communities (modularity %.4f): no object is found", name, modularity)
-        assignment = torch.full_like(assignment, 1 / config.clusters)
+        log.warning("%s: no communities are found (modularity %.4f), and so no object", name, modularity)
     lap("fit")
     outcome = finish(view, assignment, config)
     lap("refine")
@@ -1098,7 +1112,8 @@ def explain(result, config):
     colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
     weights = node_weights(view, config.prior)
     node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * weights).argmax())
-    row = heat(build_graph(features, config.tau, weights)[node].unflatten(0, (h, w)).numpy())
+    row = F.threshold(features @ features[node], config.tau, 0.0) * weights * weights[node]  # of A, eq. (1)
+    row = heat(row.unflatten(0, (h, w)).numpy())
     row[np.unravel_index(node, (h, w))] = (0, 160, 255)
 
     scale = 256 / min(y1 - y0, x1 - x0)
