@@ -93,7 +93,7 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
     "flags, settings",
     [("", {}),
      ("--tau 0.5 --widths 32,64 --no-refine --invert", dict(tau=0.5, widths=(32, 64), refine=False, invert=True)),
-     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, lr=1e-3, epsilon=4e-8, balance=1.0,
+     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, lr=1e-3, epsilon=1e-8, balance=1.0,
                                             prior=0.0, contour=0.0, smoothness=7.0))],
 )  # fmt: skip
 def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_the_preset(flags, settings):
@@ -219,6 +219,13 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     assert len(rising) == 70 and any(a < b for a, b in zip(rising, rising[3:]))
 
 
+def test_fit_finds_four_communities_with_four_clusters():
+    group = torch.arange(120) % 4
+    features = torch.eye(20)[group] + 0.05 * torch.randn(120, 20, generator=torch.Generator().manual_seed(0))
+    found = u.fit(features, u.build_graph(features, 0.3), u.Config(clusters=4))[0].argmax(1)
+    assert len({*zip(found.tolist(), group.tolist())}) == len({*found.tolist()}) == 4
+
+
 @pytest.mark.parametrize(
     "share, common, density",
     [(0.5, 0, 0.5), (0.3, 0, 0.58), (0.3, 0.8, 0.63), (0.3, 0.9, 0.8), (0.08, 0, 0.85), (0.3, 1.1, 1), (0.08, 1.1, 1)],
@@ -255,7 +262,7 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
     config = u.Config(collective=3, epochs=10, settled=0, widths=(8,), heads=2)
     torch.manual_seed(config.seed)
     network = u.UnSegMedGAT(6, config)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, eps=config.epsilon / 4, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, eps=config.epsilon, weight_decay=1e-2)
     for x in images * 3:
         adjacency = u.build_graph(x, 0.3)
         optimizer.zero_grad()

@@ -82,7 +82,7 @@ class Config:
     settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0", least=0)
     collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc", least=0)
     lr: float = setting(5e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
-    epsilon: float = setting(4e-5, "K^2 times AdamW's eps: small gradients, small steps", "ours; eps is 1e-8", above=0)
+    epsilon: float = setting(1e-5, "AdamW's: much smaller gradients make small steps", "ours; torch: 1e-8", above=0)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
@@ -120,7 +120,7 @@ class Config:
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
 # own figures are of images cropped to the object, and so do the scale of X and the start, which it leaves open.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "epsilon": 4e-8, "balance": 1.0, "prior": 0.0,
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "epsilon": 1e-8, "balance": 1.0, "prior": 0.0,
                      "smoothness": 256.0, "contour": 0.0}}  # fmt: skip
 
 
@@ -480,8 +480,9 @@ NEARLY_ALIKE = 0.01  # what the last layer's first parameters are multiplied by
 class UnSegMedGAT(nn.Module):
     """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5).
 
-    It starts close to the uniform assignment, where the loss of eq. (8) is level: from there gradient steps follow the
-    leading eigenvector of the modularity matrix rather than a chance division. The paper leaves the start open.
+    For K = 2 it starts close to the uniform assignment, where the loss of eq. (8) is level: from there small steps
+    follow the leading eigenvector of the modularity matrix rather than a chance division. More clusters need more
+    directions than this one. The paper leaves the start open.
     """
 
     def __init__(self, in_features, config=Config()):
@@ -496,8 +497,9 @@ class UnSegMedGAT(nn.Module):
         )
         self.first = nn.ModuleList(nn.Linear(width, config.projection) for width in config.widths)
         self.second = nn.Linear(config.projection, config.clusters)
-        for parameter in self.second.parameters():
-            parameter.data *= NEARLY_ALIKE
+        if config.clusters == 2:
+            for parameter in self.second.parameters():
+                parameter.data *= NEARLY_ALIKE
 
     def forward(self, features, adjacency):
         """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1."""
@@ -554,8 +556,7 @@ def new_network(in_features, config, device):
     with SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = UnSegMedGAT(in_features, config).to(device)
-    # First steps are to be in proportion to the gradients, which near the uniform assignment go with 1 / K^2
-    how = {"lr": config.lr, "eps": config.epsilon / config.clusters**2, "weight_decay": config.weight_decay}
+    how = {"lr": config.lr, "eps": config.epsilon, "weight_decay": config.weight_decay}
     return network, torch.optim.AdamW(network.parameters(), **how)
 
 
@@ -587,7 +588,7 @@ def fit(features, adjacency, config=Config(), shared=None):
         losses.append(gradients(network, x, adjacency, config).item())
         optimizer.step()
         gain = uniform - losses[-1]
-        begun = len(losses) > 3 and gain > COMMUNITIES  # the first steps away from the uniform assignment are small
+        begun = len(losses) > 3 and gain > COMMUNITIES  # the first steps from the uniform assignment are small
         if config.settled and begun and losses[-4] - losses[-1] < config.settled * gain:
             break
     with torch.no_grad():
