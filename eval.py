@@ -39,7 +39,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.cluster.vq
-import scipy.sparse.linalg
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -108,8 +108,9 @@ def dsm(features, adjacency, config):
     are the largest of `normalise(A)`. The colour affinities that their paper may add to the graph are left out.
     """
     matrix = normalise(adjacency).cpu().numpy().astype(np.float64)
-    start = np.random.default_rng(config.seed).standard_normal(len(matrix))  # ones could be an eigenvector already
-    _, vectors = scipy.sparse.linalg.eigsh(matrix, k=config.clusters, which="LA", v0=start)  # (N,K), ascending
+    # Not by ARPACK, which finds no vectors of a graph in pieces, where the largest eigenvalue is there several times
+    n = len(matrix)
+    _, vectors = scipy.linalg.eigh(matrix, subset_by_index=[n - config.clusters, n - 1])  # (N,K), ascending
     if config.clusters == 2:
         return one_hot(vectors[:, 0] > 0, features, config)
     return kmeans(torch.from_numpy(vectors).to(features), adjacency, config)
