@@ -602,7 +602,7 @@ def cluster(features, adjacency, config=Config(), shared=None):
     """
     assignment, losses = fit(features, adjacency, config, shared)
     labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-    modularity = -modularity_loss(labels, adjacency, balance=0).item()
+    modularity = -modularity_loss(labels, adjacency, balance=0).item()  # eq. (6)
     if modularity < COMMUNITIES:
         assignment = torch.full_like(assignment, 1 / config.clusters)
     return assignment, losses, modularity
