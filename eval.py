@@ -776,7 +776,7 @@ def shared_parameters(pairs, run):
         return look(rgb[seen], run, backbone, hint)[1:]
 
     rank, world = u.rank_and_world()
-    share = list(pairs.items())[rank::world]
+    share = [*enumerate(pairs.items())][rank::world]
     return u.shared_parameters(share, scene, collective(run.config), run.device, run.options.quiet or rank > 0)
 
 

@@ -159,8 +159,6 @@ def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
         torch.testing.assert_close(layer(x, edges), expected)
     layer.residual = True
     torch.testing.assert_close(layer(x, adjacency), expected + layer.W(x))
-    with pytest.raises(ValueError, match="4 heads do not divide the width 6"):
-        u.GraphAttention(5, 6, heads=4)
 
 
 @pytest.mark.parametrize("name, activation", [("silu", F.silu), ("selu", F.selu), ("relu", F.relu)])
@@ -357,8 +355,7 @@ BLUE, YELLOW, INK, VEIL, BLOOD = (40, 90, 220), (230, 200, 20), (120, 60, 150), 
      (disc(40, 240, 80, 160, 224), YELLOW, np.s_[1:9, 22:], np.s_[:0]),  # so large that the surface gives way to it
      (np.s_[72:88, 88:104], INK, np.s_[9:11, 11:13], np.s_[:, 16:]),
      (np.s_[72:88, 88:104], VEIL, np.s_[:0], np.s_[:]),
-     (np.s_[72:88, 88:104], BLOOD, np.s_[:0], np.s_[:]),
-     (np.s_[:, np.arange(224) % 8 < 3], INK, np.s_[:0], np.s_[:])],  # ink everywhere is no mark
+     (np.s_[72:88, 88:104], BLOOD, np.s_[:0], np.s_[:])],
 )  # fmt: skip
 def test_field_of_view_leaves_out_frames_stickers_and_ink_but_no_tissue(marks, colour, hidden, seen):
     rgb, _ = lesion(160, 224)
@@ -887,10 +884,11 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines wit
      ("{dir}/twin -o {dir}/mask.png", "several images need a folder"),
      ("{dir}/twin -o {dir}/twin", "it is an input"),
      ("{photo} -o {dir}/mask.png --heads 3", "widths"),
+     ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 whole numbers"),
      ("{photo} -o {dir}/mask.png --backbone builtin --weights x.pth", "dino backbone"),
      pytest.param("{photo} -o {dir}/mask.png --device cuda", "device cuda is not available", marks=no_cuda),
      *[(f"{{photo}} -o {{dir}}/mask.png {flags}", f"argument {flags.split()[0]}: ")  # as argparse says it
-       for flags in ("--widths a", "--epochs x", "--stride 3", "--box 1", "--point 1", "--point nan,1", "--preset x")],
+       for flags in ("--widths a", "--epochs x", "--stride 3", "--point nan,1", "--preset x")],
      ("{photo} -o {dir}/mask.png --no-such", "arguments: --no-such")],
 )  # fmt: skip
 def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, photo, caplog, capsys, arguments, says):

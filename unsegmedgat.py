@@ -449,8 +449,6 @@ class GraphAttention(nn.Module):
 
     def __init__(self, in_features, out_features, heads, residual=True):
         super().__init__()
-        if out_features % heads:
-            raise ValueError(f"{heads} heads do not divide the width {out_features}")
         self.heads, self.residual = heads, residual
         self.W = nn.Linear(in_features, out_features, bias=False)
         self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
@@ -611,11 +609,10 @@ def cluster(features, adjacency, config=Config(), shared=None):
 def fit_collective(images, config=Config(), device="cpu", progress=None):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
-    images: a sequence of pairs, f (N,C) and the weights (N,) of the nodes, N may differ; a None among them is left out.
+    images: a sequence of pairs, f (N,C) and the weights (N,) of the nodes; N may differ.
     Each graph is built anew when its turn comes, so that only one is in memory. progress: called after every step.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None where there is no image.
     """
-    images = [image for image in images if image]
     if not images:
         return None
     network, optimizer = new_network(images[0][0].shape[1], config, device)
@@ -711,10 +708,7 @@ def field_of_view(image):
     a, b = a - np.median(a[light]), b - np.median(b[light])
     coloured, ink = (F.max_pool2d(torch.from_numpy(x).float()[None], 2)[0].numpy() > 0
                      for x in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))  # fmt: skip
-    marks = touching(coloured & ~dark, 0.6, 0.35) | ink
-    if (dark | marks).mean() > 0.9:  # not a few marks: this is how the whole image looks
-        marks[:] = False
-    return torch.from_numpy(~(dark | marks)).float()
+    return torch.from_numpy(~(dark | touching(coloured & ~dark, 0.6, 0.35) | ink)).float()
 
 
 @dataclass(frozen=True)
@@ -1153,17 +1147,9 @@ KINDS = {  # of output: what it is, and the PIL image of a Segmentation; the mas
 }
 
 
-def whole_numbers(count=None):
-    """A parser of "1,2,3", of so many numbers where `count` says so, for argparse."""
-
-    def parse(text):
-        numbers = tuple(int(number) for number in text.split(","))
-        if count and len(numbers) != count:
-            raise argparse.ArgumentTypeError(f"needs {count} whole numbers with commas between, got {text!r}")
-        return numbers
-
-    parse.__name__ = "list of whole numbers"  # for argparse's message
-    return parse
+def whole_numbers(text):
+    """"1,2,3" as a tuple."""
+    return tuple(int(number) for number in text.split(","))
 
 
 def add_config_flags(parser):
@@ -1176,7 +1162,7 @@ def add_config_flags(parser):
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):
-            how = {"type": whole_numbers(), "metavar": "INT,INT"}
+            how = {"type": whole_numbers, "metavar": "INT,INT"}
         else:
             how = {"type": type(default), "choices": info["choices"]}
         group.add_argument(flag, default=default, help=text, **how)
@@ -1205,8 +1191,8 @@ def build_parser():
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
-    add("--point", type=whole_numbers(2), metavar="X,Y", help="px, near the middle of the object")
-    add("--box", type=whole_numbers(4), metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
+    add("--point", type=whole_numbers, metavar="X,Y", help="px, near the middle of the object")
+    add("--box", type=whole_numbers, metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
     for kind, (what, _) in KINDS.items():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
@@ -1344,17 +1330,16 @@ def ranks():
 def shared_parameters(images, scene, config, device, quiet):
     """The first phase of UnSegMedGATc: what `fit` takes as `shared`.
 
-    images: this rank's, of a list that ranks share as [rank::world]; those of the others count as well.
+    images: pairs (number, image), this rank's; those of the others count as well, in the order of the numbers.
     scene: a function of an image to f (N,C) and the weights (N,) of its nodes. Where it fails, the image has no say.
     """
-    scenes = []
-    for image in images:
-        try:
-            scenes.append([tensor.cpu() for tensor in scene(image)])
-        except Exception:  # of which the image's own turn will tell
-            scenes.append(None)
-    parts = gather(scenes)  # every rank takes all the steps, so that all have the same parameters
-    scenes = [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]  # in their order
+    scenes = {}
+    for number, image in images:
+        with contextlib.suppress(Exception):  # of which the image's own turn will tell
+            scenes[number] = [tensor.cpu() for tensor in scene(image)]
+    for part in gather(scenes):  # every rank takes all the steps, so that all have the same parameters
+        scenes |= part
+    scenes = [scenes[number] for number in sorted(scenes)]
     with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=quiet) as bar:
         return fit_collective(scenes, config, device, progress=lambda: bar.update(1))
 
@@ -1363,10 +1348,15 @@ def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"workers must be at least 1, got {options.workers}")
-    config, plan, hints = config_from(options), plan_outputs(options), {"box": options.box, "point": options.point}
+    hints = {"box": options.box, "point": options.point}
+    for name, count in ("box", 4), ("point", 2):
+        if hints[name] and len(hints[name]) != count:
+            raise ValueError(f"--{name} needs {count} whole numbers with commas between")
+    config, plan = config_from(options), plan_outputs(options)
     with ranks() as (rank, world):
-        share = [(n, image, outputs) for n, (image, outputs) in enumerate(plan, 1)][rank::world]
-        todo = [task for task in share if not (options.skip_existing and all(p.exists() for p in task[2].values()))]
+        share = [*enumerate(plan, 1)][rank::world]
+        todo = [(number, (image, outputs)) for number, (image, outputs) in share
+                if not (options.skip_existing and all(path.exists() for path in outputs.values()))]  # fmt: skip
         if len(todo) < len(share) and not options.quiet:
             print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
         if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
@@ -1379,7 +1369,7 @@ def run(options):
         if config.collective:  # over all the images, so that going on after an interruption changes nothing
 
             def scene(task):
-                view, features = look(load_image(task[1]), config, backbone, device, **hints)
+                view, features = look(load_image(task[0]), config, backbone, device, **hints)
                 return features, node_weights(view, config.prior)
 
             how["shared"] = shared_parameters(share, scene, config, device, options.quiet or rank > 0)
@@ -1387,8 +1377,8 @@ def run(options):
         workers = most if options.workers is None else options.workers
         failures = []
         with worker_map(workers, len(plan)) as in_order:
-            done = in_order(lambda task: segment_to_files(*task[1:], config, how, options.verbose), todo)
-            for (number, image, outputs), (said, why) in zip(todo, done):
+            done = in_order(lambda item: segment_to_files(*item[1], config, how, options.verbose), todo)
+            for (number, (image, outputs)), (said, why) in zip(todo, done):
                 if why:
                     failures.append(image)
                     log.error("%s: %s", image, why)
