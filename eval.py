@@ -60,12 +60,12 @@ log = logging.getLogger("eval")
 
 def unsegmedgat(features, adjacency, config):
     """The paper's method, each image alone: what `unsegmedgat.segment` does."""
-    return u.cluster(features, adjacency, config)[0]
+    return u.fit(features, adjacency, config)[0]
 
 
 def unsegmedgatc(features, adjacency, config, shared):
     """The paper's collective method, from the parameters `shared` of `unsegmedgat.fit_collective`."""
-    return u.cluster(features, adjacency, collective(config), shared)[0]
+    return u.fit(features, adjacency, collective(config), shared)[0]
 
 
 def collective(config):
@@ -490,8 +490,7 @@ def frame(stem, image, truth_path, run):
 def look(rgb, run, backbone, hint):
     """The view, features and node weights of an image or crop. hint: a point or box, where the protocol gives it."""
     given = {run.options.protocol: hint} if run.options.protocol in ("point", "box") else {}
-    view, features = u.look(squashed(rgb, run, Image.BILINEAR), run.config, backbone, run.device, **given)
-    return view, features, u.node_weights(view, run.config.prior).to(run.device)
+    return u.look(squashed(rgb, run, Image.BILINEAR), run.config, backbone, run.device, **given)
 
 
 def masks_of(stem, image, truth_path, rows, run):
@@ -938,8 +937,7 @@ def bench_graph(n, device):
     """One column of the stages' table: a dictionary."""
     device, (size, stride) = u.pick_device(device), SIZES[n]
     config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), photograph(size, size)
-    view, features = u.look(rgb, config, backbone, device)
-    weights = u.node_weights(view, config.prior).to(device)
+    _, features, weights = u.look(rgb, config, backbone, device)
     adjacency = u.build_graph(features, config.tau, weights)
     x = u.standardise(features, adjacency)
     network, optimizer = u.new_network(x.shape[1], config, device)

@@ -5,7 +5,8 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing.pool
+import multiprocessing.dummy
+import multiprocessing.pool  # before get_context is replaced
 import os
 import pickle
 import signal
@@ -13,7 +14,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import networkx
 import numpy as np
@@ -30,13 +30,20 @@ import eval as evaluator
 import unsegmedgat as u
 
 HERE = Path(__file__).parent
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 QUICK = ["--size", "64", "--epochs", "20", "--backbone", "builtin", "--device", "cpu"]  # under 100 patches
 
 
-def random_graph(n, seed=0, dtype=torch.float64):
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers for each test, alone or among others."""
+    torch.manual_seed(0)
+
+
+def random_graph(n, dtype=torch.float64):
     """A symmetric weighted adjacency with self-loops, about half of the edges present."""
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.rand(n, n, generator=generator, dtype=dtype)
+    a = torch.rand(n, n, dtype=dtype)
     a = (a + a.T) / 2
     return (a * (a > 0.5)).fill_diagonal_(1)
 
@@ -78,7 +85,7 @@ def photo(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=100),
+    [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=8),
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(lr=math.inf), dict(lr=0), dict(widths=()), dict(layers=0),
      dict(activation="tanh"), dict(window=0.5), dict(collective=60), dict(components=-1), dict(smoothness=-1),
      dict(seed=-1)],
@@ -117,17 +124,13 @@ def test_graph_is_the_thresholded_cosine_times_the_weights_of_both_nodes():
     torch.testing.assert_close(u.build_graph(f, 0.3, weights), expected * torch.outer(weights, weights))
 
 
-def attention_inputs(n=150, heads=2, width=3, scale=1.0):  # over two row blocks
-    torch.manual_seed(1)
-    return [scale * torch.randn(*shape, dtype=torch.float64) for shape in [(heads, n, width), (heads, n), (heads, n)]]
-
-
 @pytest.mark.parametrize("scale", [1, 10])
-def test_blockwise_attention_equals_the_plain_one_forward_and_backward(scale):
-    adjacency, upstream = random_graph(150), torch.randn(2, 150, 3, dtype=torch.float64)
-    results = []
+@pytest.mark.parametrize("device, n", [("cpu", 150), pytest.param("cuda", 2100, marks=GPU)])  # over two row blocks
+def test_blockwise_attention_equals_the_plain_one_forward_and_backward(device, n, scale):
+    shapes = (2, n, 3), (2, n), (2, n), (2, n, 3)
+    *inputs, upstream = ((scale * torch.randn(*s, dtype=torch.float64)).to(device).requires_grad_() for s in shapes)
+    adjacency, results = random_graph(n).to(device), []
     for attention in (evaluator.plain_attention, u.MaskedAttention.apply):
-        inputs = [x.requires_grad_() for x in attention_inputs(scale=scale)]
         out = attention(*inputs, adjacency)
         results.append((out, *torch.autograd.grad(out, inputs, upstream)))
     torch.testing.assert_close(*results)
@@ -136,7 +139,7 @@ def test_blockwise_attention_equals_the_plain_one_forward_and_backward(scale):
 def test_attention_survives_huge_scores_and_isolated_nodes():
     adjacency = random_graph(20, dtype=torch.float32)
     adjacency[3], adjacency[:, 3] = 0, 0
-    inputs = [x.float().requires_grad_() for x in attention_inputs(n=20, scale=1e4)]
+    inputs = [(1e4 * torch.randn(*shape)).requires_grad_() for shape in [(2, 20, 3), (2, 20), (2, 20)]]
     out = u.MaskedAttention.apply(*inputs, adjacency)
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs)
@@ -144,7 +147,6 @@ def test_attention_survives_huge_scores_and_isolated_nodes():
 
 
 def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
-    torch.manual_seed(0)
     layer, x = u.GraphAttention(5, 6, heads=2, residual=False), torch.randn(8, 5)
     adjacency = random_graph(8, dtype=torch.float32)
     expected = torch.zeros(8, 6)
@@ -164,7 +166,6 @@ def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
 @pytest.mark.parametrize("name, activation", [("silu", F.silu), ("selu", F.selu), ("relu", F.relu)])
 def test_network_is_equation_5(name, activation):
     config = u.Config(widths=(8, 4), heads=2, projection=3, clusters=3, activation=name)
-    torch.manual_seed(0)
     network, x, a = u.UnSegMedGAT(5, config), torch.randn(10, 5), random_graph(10, dtype=torch.float32)
     (one, two), (three, four) = network.series
     first = network.first[0](activation(two(activation(one(x, a)), a)))
@@ -193,35 +194,26 @@ def test_loss_is_equation_8_with_b_formed_and_its_first_term_the_modularity_of_n
     assert -u.modularity_loss(F.one_hot(clusters).double(), loopless, balance=0).item() == pytest.approx(theirs)
 
 
-def two_communities(n=40):
-    """Features of two groups, and which node is in which."""
-    torch.manual_seed(0)
-    group = torch.arange(n) % 2
-    return torch.eye(6)[group] + 0.2 * torch.randn(n, 6), group
+def communities(n=40, groups=2, noise=0.2):
+    """Features of so many groups, and which node is in which."""
+    group = torch.arange(n) % groups
+    return torch.eye(20)[group] + noise * torch.randn(n, 20), group
 
 
 def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state_alone():
-    features, group = two_communities()
+    features, group = communities()
     adjacency = u.build_graph(features, 0.3)
     before = torch.get_rng_state()
-    assignment, history = u.fit(features, adjacency)
+    assignment, history, _ = u.fit(features, adjacency)
     assert torch.equal(torch.get_rng_state(), before)
     assert (assignment.argmax(1) == group).float().mean() in (0, 1)
     assert len(history) < 60 and history[-1] < -0.3 and abs(history[0]) < 1e-4  # from the uniform assignment
     finer = u.fit(features, adjacency, u.Config(resolution=0.9))[0]  # whose uniform assignment has a loss below 0
     assert (finer.argmax(1) == group).float().mean() in (0, 1)
-    again, _ = u.fit(features, adjacency)
-    other, _ = u.fit(features, adjacency, u.Config(seed=1))
+    again, other = u.fit(features, adjacency)[0], u.fit(features, adjacency, u.Config(seed=1))[0]
     assert torch.equal(assignment, again) and not torch.equal(assignment, other)
     rising = u.fit(features, adjacency, u.Config(settled=0, lr=0.1, epochs=70))[1]  # 0 is never, though the loss rises
     assert len(rising) == 70 and any(a < b for a, b in zip(rising, rising[3:]))
-
-
-def test_fit_finds_four_communities_with_four_clusters():
-    group = torch.arange(120) % 4
-    features = torch.eye(20)[group] + 0.05 * torch.randn(120, 20, generator=torch.Generator().manual_seed(0))
-    found = u.fit(features, u.build_graph(features, 0.3), u.Config(clusters=4))[0].argmax(1)
-    assert len({*zip(found.tolist(), group.tolist())}) == len({*found.tolist()}) == 4
 
 
 @pytest.mark.parametrize(
@@ -230,24 +222,22 @@ def test_fit_finds_four_communities_with_four_clusters():
 )
 def test_fit_reaches_the_modularity_of_the_leading_eigenvector_on_graphs_of_any_density(share, common, density):
     """Two noisy groups, one of this share of the nodes, with a common part of this length: the longer, the denser."""
-    generator = torch.Generator().manual_seed(0)
     group = (torch.arange(196) < share * 196).long()
-    directions = F.normalize(torch.randn(3, 384, generator=generator), dim=1)
-    noise = torch.randn(196, 384, generator=generator) / math.sqrt(384)
+    directions = F.normalize(torch.randn(3, 384), dim=1)
+    noise = torch.randn(196, 384) / math.sqrt(384)
     features = F.normalize(directions[group] + noise + common * directions[2], dim=1)
     adjacency = u.build_graph(features, 0.3)
     assert (adjacency > 0).float().mean() == pytest.approx(density, abs=0.02)
 
-    def modularity(labels):
-        return -u.modularity_loss(F.one_hot(labels.long(), 2).float(), adjacency, balance=0).item()
-
     d = adjacency.sum(1)
     leading = torch.linalg.eigh(adjacency - torch.outer(d, d) / d.sum())[1][:, -1] > 0  # Newman 2006
-    assert modularity(u.fit(features, adjacency)[0].argmax(1)) >= 0.9 * modularity(leading) > 0
+    best = -u.modularity_loss(F.one_hot(leading.long(), 2).float(), adjacency, balance=0).item()
+    assert u.fit(features, adjacency)[2] >= 0.9 * best > 0
 
 
 def test_standardised_features_have_no_mean_and_length_4_whatever_they_share_nodes_counting_by_degree():
-    adjacency, degree = random_graph(50).float(), random_graph(50).float().sum(1)
+    adjacency = random_graph(50).float()
+    degree = adjacency.sum(1)
     x = u.standardise(torch.randn(50, 7) + 100, adjacency)
     torch.testing.assert_close((degree[:, None] * x).sum(0) / degree.sum(), torch.zeros(7), rtol=0, atol=1e-4)
     assert math.isclose(((degree * x.square().sum(1)).sum() / degree.sum()).sqrt(), 4, rel_tol=1e-4)
@@ -256,22 +246,20 @@ def test_standardised_features_have_no_mean_and_length_4_whatever_they_share_nod
 
 
 def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
-    images = [two_communities(n)[0] for n in (20, 30)]
+    images = [communities(n)[0] for n in (20, 30)]
     config = u.Config(collective=3, epochs=10, settled=0, widths=(8,), heads=2)
     torch.manual_seed(config.seed)
-    network = u.UnSegMedGAT(6, config)
+    network = u.UnSegMedGAT(20, config)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, eps=config.epsilon, weight_decay=1e-2)
     for x in images * 3:
         adjacency = u.build_graph(x, 0.3)
         optimizer.zero_grad()
         u.modularity_loss(network(u.standardise(x, adjacency), adjacency), adjacency, balance=0).backward()
         optimizer.step()
-    steps = []
-    shared = u.fit_collective([(x, torch.ones(len(x))) for x in images], config, progress=lambda: steps.append(1))
+    shared = u.fit_collective([(x, torch.ones(len(x))) for x in images], config)
     torch.testing.assert_close(shared, dict(network.state_dict()), check_stride=False)
-    assert len(steps) == 6
     kept = {name: tensor.clone() for name, tensor in shared.items()}
-    _, history = u.fit(images[0], u.build_graph(images[0], 0.3), config, shared)
+    history = u.fit(images[0], u.build_graph(images[0], 0.3), config, shared)[1]
     assert len(history) == 7  # the remaining epochs
     torch.testing.assert_close(shared, kept)  # each image starts from the same parameters
 
@@ -283,7 +271,6 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
 
 @pytest.mark.parametrize("stride, h, w", [(8, 4, 4), (8, 3, 6), (4, 5, 11), (2, 9, 21)])
 def test_keys_equal_the_third_of_qkv_after_torchs_own_encoder_layers_row_major(stride, h, w):
-    torch.manual_seed(0)
     model = u.VisionTransformer(dim=24, depth=3, heads=2, grid=4).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -299,12 +286,9 @@ def test_keys_equal_the_third_of_qkv_after_torchs_own_encoder_layers_row_major(s
         layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias = block.attn.qkv.weight, block.attn.qkv.bias
         layer.self_attn.out_proj, layer.norm1, layer.norm2 = block.attn.proj, block.norm1, block.norm2
         layer.linear1, layer.linear2 = block.mlp.fc1, block.mlp.fc2
-        torch.testing.assert_close(block(x), layer(x), rtol=1e-4, atol=1e-5)
         x = layer(x)
     expected = model.blocks[-1].attn.qkv(model.blocks[-1].norm1(x))[:, 1:, 24:48]
     torch.testing.assert_close(model.keys(images, stride), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="multiples of the patch"):
-        model.keys(images[..., :-1], stride)
 
 
 def test_lab_of_known_colours():
@@ -456,13 +440,13 @@ def save_flipped(path, good):
 
 
 BAD_WEIGHTS = {  # how a file is made from a good state_dict, and what is said of it
-    "absent": (lambda path, good: None, "no such weights file"),
+    "absent": (lambda path, good: None, "bad.pth: cannot be loaded.* No such file"),
     "empty": (lambda path, good: path.touch(), "loaded safely"),
     "html": (lambda path, good: path.write_text("<!DOCTYPE html><html>404 not found</html>"), "loaded safely"),
     "code": (lambda path, good: torch.save({"cls_token": Malicious()}, path), "loaded safely"),
     "plain pickle": (lambda path, good: path.write_bytes(pickle.dumps(Malicious())), "loaded safely"),
-    "flipped bit": (save_flipped, "bad.pth: not a weights file that can be loaded safely .damaged"),
-    "a list": (lambda path, good: torch.save([1, 2], path), "holds a list"),
+    "flipped bit": (save_flipped, "bad.pth: cannot be loaded safely .*damaged"),
+    "a list": (lambda path, good: torch.save([1, 2], path), "got <class 'list'>"),
     "other network": (lambda path, good: torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path), "cls_token"),
     "lacks one": (lambda path, good: torch.save(dict(list(good.items())[:-1]), path), "norm.bias"),
     "other shape": (lambda path, good: torch.save(good | {"pos_embed": torch.ones(1, 9, 384)}, path), "pos_embed.* 9,"),
@@ -472,15 +456,12 @@ BAD_WEIGHTS = {  # how a file is made from a good state_dict, and what is said o
 
 
 @pytest.mark.parametrize("write, says", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
-def test_bad_weights_are_refused_with_the_reason(dino_files, tmp_path, capsys, photo, caplog, write, says):
+def test_bad_weights_are_refused_with_the_reason(dino_files, tmp_path, capsys, write, says):
     path = tmp_path / "bad.pth"
     write(path, dino_files[1]["teacher"])
-    with pytest.raises((ValueError, OSError), match=says):
+    with pytest.raises(ValueError, match=says) as refused:
         u.load_dino(path)
-    assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), "--weights", str(path)]) == 2
-    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
-    assert "code in a pickle has run" not in capsys.readouterr().out
-    assert not (tmp_path / "mask.png").exists()
+    assert "\n" not in str(refused.value) and "code in a pickle has run" not in capsys.readouterr().out
 
 
 def test_download_is_cached_and_its_digest_checked(tmp_path, monkeypatch):
@@ -657,6 +638,13 @@ def test_the_contour_is_that_of_the_blurred_mask():
     assert np.array_equal(u.draw_contour(mask, 0), mask) and not u.draw_contour(mask & False, 0.4).any()
 
 
+@GPU
+def test_masks_on_cuda_agree_with_the_cpu():
+    rgb, config = lesion()[0], u.Config(size=96)
+    masks = [u.segment(rgb, config, backbone="builtin", device=device).mask for device in ("cpu", "cuda")]
+    assert iou(*masks) > 0.98
+
+
 @pytest.mark.parametrize("stride, grid", [(8, (12, 16)), (4, (23, 31))])
 def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
     rgb, truth = lesion()
@@ -672,9 +660,7 @@ def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
 
 
 @pytest.mark.parametrize("clusters", [4, 20])
-def test_more_clusters_give_a_label_map_whose_last_labels_are_the_mask_and_it_is_read_back_as_written(
-    clusters, tmp_path, photo
-):
+def test_of_more_clusters_the_last_labels_are_the_mask_and_the_map_is_read_back_as_written(clusters, tmp_path, photo):
     flags = ["--clusters", str(clusters), "--labels", "--components", "0", "--size", "96"]
     assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), *QUICK, *flags]) == 0
     result = segment(photo, size=96, clusters=clusters, components=0, epochs=20)
@@ -694,8 +680,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     left, right = (segment(both, size=96, point=(x, 48)).mask for x in (58, 198))
     assert iou(left[:, :128], truth) > 0.85 and not left[:, 128:].any()
     assert iou(right[:, 128:], mirrored) > 0.85 and not right[:, :128].any()
-    rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
-    box = x0, y0, x1, y1 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    box = x0, y0, x1, y1 = evaluator.bounding_box(truth)
     boxed = segment(both, size=96, box=box)
     assert iou(boxed.mask[:, :128], truth) > 0.9 and not boxed.mask[:, 128:].any()
     boxed.probability[y0:y1, x0:x1] = boxed.labels[y0:y1, x0:x1] = 0
@@ -871,29 +856,25 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
         assert not np.array(Image.open(tmp_path / f"mask{kind}.png")).any()
 
 
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-
-
 @pytest.mark.parametrize(
     "arguments, says",
     [("{photo} -o {dir}/mask.jpg", "ends in .png"),
-     ("{photo} -o {dir}/nowhere/mask.png", "no such folder"),
+     ("{photo} -o {dir}/no/where/mask.png", "No such file or directory"),
      ("{photo} -o {photo}", "it is an input"),
-     ("{photo} {dir}/twin/photo.png -o {dir}/out", "both"),
-     ("{photo} {dir}/twin -o {photo}", "several images need a folder"),
-     ("{dir}/twin -o {dir}/mask.png", "several images need a folder"),
-     ("{dir}/twin -o {dir}/twin", "it is an input"),
+     ("{photo} {dir}/photo.jpg -o {dir}/out", "but it is written for"),
+     ("{photo} {dir} -o {photo}", "several images need a folder"),
+     ("{dir} -o {dir}/mask.png", "several images need a folder"),
+     ("{dir} -o {dir}", "it is an input"),
      ("{photo} -o {dir}/mask.png --heads 3", "widths"),
      ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 whole numbers"),
      ("{photo} -o {dir}/mask.png --backbone builtin --weights x.pth", "dino backbone"),
-     pytest.param("{photo} -o {dir}/mask.png --device cuda", "device cuda is not available", marks=no_cuda),
+     ("{photo} -o {dir}/mask.png --weights {dir}/x.pth", "No such file"),
+     pytest.param("{photo} -o {dir}/mask.png --device cuda", "device cuda is not available", marks=NO_GPU),
      *[(f"{{photo}} -o {{dir}}/mask.png {flags}", f"argument {flags.split()[0]}: ")  # as argparse says it
        for flags in ("--widths a", "--epochs x", "--stride 3", "--point nan,1", "--preset x")],
      ("{photo} -o {dir}/mask.png --no-such", "arguments: --no-such")],
 )  # fmt: skip
 def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, photo, caplog, capsys, arguments, says):
-    (tmp_path / "twin").mkdir()
-    Image.fromarray(lesion()[0]).save(tmp_path / "twin" / "photo.png")
     content = photo.read_bytes()
     try:
         code = u.main(arguments.format(photo=photo, dir=tmp_path).split())
@@ -901,7 +882,7 @@ def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, p
         code = stop.code
     said = caplog.messages or capsys.readouterr().err.splitlines()[-1:]
     assert code == 2 and len(said) == 1 and says in said[0] and "\n" not in said[0]
-    assert photo.read_bytes() == content and {p.name for p in tmp_path.iterdir()} == {photo.name, "twin"}
+    assert photo.read_bytes() == content and [*tmp_path.iterdir()] == [photo]
 
 
 def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, photo, monkeypatch, caplog):
@@ -962,7 +943,6 @@ def test_gcn_and_arma_layers_against_loops():
     d = a.sum(1)
     propagation = torch.tensor([[a[i, j] / math.sqrt(d[i] * d[j]) for j in range(6)] for i in range(6)])
     torch.testing.assert_close(evaluator.normalise(a), propagation)
-    torch.manual_seed(0)
     gcn = evaluator.Convolution(4, 3, F.silu, skip=True)
     message = torch.stack([sum(propagation[i, j] * gcn.W(x[j]) for j in range(6)) for i in range(6)])
     torch.testing.assert_close(gcn(x, propagation), F.silu(message + gcn.V(x)))
@@ -985,7 +965,7 @@ def test_mincut_loss_in_closed_form():
 
 
 def test_dsm_is_the_sign_of_the_fiedler_vector_of_a_dense_eigen_solver():
-    features, _ = two_communities()
+    features, _ = communities()
     a = u.build_graph(features, 0.01)
     d = a.sum(1).numpy()
     fiedler = np.linalg.eigh(np.eye(40) - a.numpy() / np.sqrt(np.outer(d, d)))[1][:, 1] > 0
@@ -993,14 +973,17 @@ def test_dsm_is_the_sign_of_the_fiedler_vector_of_a_dense_eigen_solver():
     assert np.array_equal(ours, fiedler) or np.array_equal(ours, ~fiedler)
 
 
-@pytest.mark.parametrize("name", list(evaluator.METHODS))
-def test_every_method_finds_planted_communities(name):
-    features, group = two_communities()
-    a = u.build_graph(features, 0.3)
-    extra = [u.fit_collective([(features, torch.ones(40))], u.Config(collective=5))] if name == "unsegmedgatc" else []
-    assignment = evaluator.METHODS[name](features, a, u.Config(epochs=150), *extra)
-    torch.testing.assert_close(assignment.sum(1), torch.ones(40))
-    assert (assignment.argmax(1) == group).float().mean() in (0, 1)
+@pytest.mark.parametrize("name, clusters", [*[(name, 2) for name in evaluator.METHODS],
+                                            ("unsegmedgat", 4), ("vit-kmeans", 4), ("dsm", 4)])  # fmt: skip
+def test_every_method_finds_planted_communities(name, clusters):
+    features, group = communities(30 * clusters, clusters, noise=0.1)
+    a, config = u.build_graph(features, 0.3), u.Config(clusters=clusters, epochs=150)
+    weights = torch.ones(len(group))
+    extra = [u.fit_collective([(features, weights)], u.Config(collective=5))] if name == "unsegmedgatc" else []
+    assignment = evaluator.METHODS[name](features, a, config, *extra)
+    torch.testing.assert_close(assignment.sum(1), weights)
+    found = assignment.argmax(1).tolist()
+    assert len({*zip(found, group.tolist())}) == len({*found}) == clusters  # the same parts, whatever their names
 
 
 @pytest.fixture
@@ -1042,13 +1025,8 @@ def test_masks_of_every_kind_are_read_the_same(tmp_path, name, white, mode):
         evaluator.load_mask(path, (128, 96))
 
 
-def test_one_whole_run_with_every_method_and_output_that_drops_no_file_silently(
-    dataset, score, tmp_path, capsys, caplog
-):
-    (tmp_path / "made").mkdir()
-    for n in range(3):
-        Image.fromarray(lesion(seed=n)[1]).save(tmp_path / "made" / f"s{n}_1.png")
-    flags = ["--sheet", str(tmp_path / "s.png"), "--predictions", f"oracle={tmp_path / 'made'}"]
+def test_one_whole_run_with_every_method_and_output_drops_no_file_silently(dataset, score, tmp_path, capsys, caplog):
+    flags = ["--sheet", str(tmp_path / "s.png"), "--predictions", f"oracle={dataset[1]}"]
     code, summary = score(*flags, "--group-by", r"^(s\d)_", "--reference", "isic2018")
     table = capsys.readouterr().out
     for row in [*evaluator.METHODS, "located place", "everything foreground", "centred ellipse", "MedSAM (published)"]:
@@ -1082,15 +1060,13 @@ def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(sc
     assert score(*flags, "--resume")[0] == 2 and file.read_text() == "name,age\nAda,36"
 
 
-def test_two_processes_of_torchrun_print_the_same_table_and_a_failed_image_counts_as_zero(
-    dataset, tmp_path, capsys, caplog
-):
+def test_two_processes_of_torchrun_print_the_same_table_and_a_failed_image_counts_as_zero(dataset, tmp_path, capsys):
     (dataset[0] / "s1_1.jpg").write_text("broken")
     arguments = [*map(str, dataset), *QUICK, "--quiet", "--methods", "unsegmedgat,unsegmedgatc"]
-    assert evaluator.main([*arguments, "--csv", str(tmp_path / "1.csv")]) == 1 and "s1_1.jpg" in caplog.text
+    assert evaluator.main([*arguments, "--csv", str(tmp_path / "1.csv")]) == 1
     one = capsys.readouterr().out
     done = torchrun(HERE / "eval.py", *arguments, "--csv", tmp_path / "2.csv", "--json", tmp_path / "2.json")
-    assert done.returncode == 1 and done.stdout == one and "| unsegmedgatc | " in one
+    assert done.returncode == 1 and done.stdout == one and "| unsegmedgatc | " in one and "s1_1.jpg" in done.stderr
 
     def lines(name):  # without the seconds, in any order
         return sorted(line.split(",")[:-2] for line in (tmp_path / name).read_text().splitlines())
@@ -1100,8 +1076,11 @@ def test_two_processes_of_torchrun_print_the_same_table_and_a_failed_image_count
     assert row["failed"] == ["s1_1"] and row["iou"]["mean"] <= 2 / 3
 
 
-@pytest.mark.parametrize("protocol, order", [("blind", ["fit", "truth"]), ("box", ["truth", "fit", "truth"])])
-def test_blind_predictions_are_made_before_the_truth_is_read(score, monkeypatch, capsys, protocol, order):
+@pytest.mark.parametrize(
+    "protocol, order, share",  # of the ellipse in the image, or in its box
+    [("blind", ["fit", "truth"], math.pi * 0.28 * 0.25), ("box", ["truth", "fit", "truth"], math.pi / 4)],
+)  # fmt: skip
+def test_blind_predictions_are_made_before_the_truth_is_read(score, monkeypatch, capsys, protocol, order, share):
     seen = []
 
     def recorded(what, function):
@@ -1112,12 +1091,8 @@ def test_blind_predictions_are_made_before_the_truth_is_read(score, monkeypatch,
     code, summary = score("--methods", "unsegmedgat", "--protocol", protocol)
     assert code == 0 and seen == order * 3
     assert ("USES GROUND TRUTH" in capsys.readouterr().out) == (protocol == "box")
-    everything = summary["rows"]["everything foreground"]["iou"]["mean"]
-    if protocol == "box":  # the objects are ellipses
-        assert summary["rows"]["inscribed ellipse"]["iou"]["mean"] > 0.98
-        assert everything == pytest.approx(math.pi / 4, rel=0.02)  # in the box
-    else:
-        assert everything == pytest.approx(math.pi * 0.28 * 0.25, rel=0.02)
+    assert summary["rows"]["everything foreground"]["iou"]["mean"] == pytest.approx(share, rel=0.02)
+    assert protocol == "blind" or summary["rows"]["inscribed ellipse"]["iou"]["mean"] > 0.98  # objects are ellipses
 
 
 def test_planted_features_are_the_stated_formula():
@@ -1150,9 +1125,8 @@ def test_the_point_is_in_the_object_and_moves_by_no_more_than_the_jitter():
     x, y = evaluator.inner_point(ring)
     inside = np.argwhere(ring)
     assert ring[y, x] and math.dist((y, x), inside.mean(0)) == cdist(inside, inside.mean(0, keepdims=True)).min()
-    for seed in range(20):
-        x, y = evaluator.jittered((2, 30), 5, (40, 40), seed)
-        assert 0 <= x <= 7 and 25 <= y <= 35
+    moved = {evaluator.jittered((2, 30), 5, (40, 40), seed) for seed in range(20)}
+    assert len(moved) > 9 and all(0 <= x <= 7 and 25 <= y <= 35 for x, y in moved)
     around = evaluator.free_rows("point", (40, 60), (30, 20))["disc at the point"]
     assert around[20, 30] and around.sum() == pytest.approx(math.pi * (0.15 * 40) ** 2, rel=0.1)
 
@@ -1168,25 +1142,9 @@ def test_wrong_use_of_the_evaluator(score, caplog, flags, says):
 
 
 def test_the_benchmark_prints_both_tables(monkeypatch, capsys):
-    here = SimpleNamespace(Pool=multiprocessing.pool.ThreadPool)  # in this process
-    monkeypatch.setattr(evaluator.multiprocessing, "get_context", lambda kind: here)
+    monkeypatch.setattr(evaluator.multiprocessing, "get_context", lambda *_: multiprocessing.dummy)  # in this process
     monkeypatch.setattr(evaluator, "SIZES", {49: (56, 8)})
     monkeypatch.setattr(evaluator, "MEGAPIXELS", (0.02,))
     assert evaluator.main(["bench", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
     assert "| epoch, 4 heads: plain autograd, x ours | " in table and "| whole refinement, s | " in table
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# GPU
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_attention_and_masks_on_cuda_agree_with_the_cpu():
-    inputs, adjacency = attention_inputs(), random_graph(150)
-    ours = u.MaskedAttention.apply(*(x.cuda() for x in inputs), adjacency.cuda())
-    torch.testing.assert_close(ours.cpu(), u.MaskedAttention.apply(*inputs, adjacency))
-    rgb, config = lesion()[0], u.Config(size=96)
-    masks = [u.segment(rgb, config, backbone="builtin", device=device).mask for device in ("cpu", "cuda")]
-    assert iou(*masks) > 0.98

@@ -55,9 +55,9 @@ MAX_NODES = 50_000  # larger graphs are refused: A alone would take over 10 GB
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def setting(default, help, source, choices=None, least=None, above=None):
-    """A field of Config: its default, what it does, where the default comes from, and what it may be."""
-    limits = {"choices": choices, "least": least, "above": above}
+def setting(default, help, source, low=0, high=math.inf, choices=None):
+    """A field of Config: its default, what it does, where the default comes from; low <= value < high, or a choice."""
+    limits = {"low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "source": source, **limits})
 
 
@@ -68,50 +68,44 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 class Config:
     """Every hyper-parameter, with its source. Each is a flag, with hyphens. Raises ValueError when out of range."""
 
-    size: int = setting(224, "px of the features' shorter side, a multiple of 8", "authors' code", least=2 * PATCH)
-    stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", (8, 4, 2))
-    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", above=0)
-    heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours, the paper gives none", least=1)
-    widths: tuple[int, ...] = setting((128, 64), "m_r, the width of each series of GATs", "paper, section III")
-    layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III", least=1)
-    projection: int = setting(64, "M, the width in which they are summed, eq. (5)", "paper, section III", least=1)
-    clusters: int = setting(2, "K; above 2 the mask is the union of the foreground clusters", "paper: a mask", least=2)
-    activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", tuple(ACTIVATIONS))
+    size: int = setting(224, "px of the features' shorter side, in eights", "authors' code", low=2 * PATCH)
+    stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", choices=(8, 4, 2))
+    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", 1e-9, 1)
+    heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours, the paper gives none", low=1)
+    widths: tuple[int, ...] = setting((128, 64), "m_r, the widths of the series of GATs: 128,64", "paper, section III")
+    layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III", low=1)
+    projection: int = setting(64, "M, the width in which they are summed, eq. (5)", "paper, section III", low=1)
+    clusters: int = setting(2, "K; above 2 the mask is the union of foreground clusters", "paper: a mask", 2, 256)
+    activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", choices=tuple(ACTIVATIONS))
     residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
-    epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", least=1)
-    settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0", least=0)
-    collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc", least=0)
-    lr: float = setting(5e-3, "AdamW's learning rate", "ours; paper: 0.001", above=0)
-    epsilon: float = setting(1e-5, "AdamW's: much smaller gradients make small steps", "ours; torch: 1e-8", above=0)
-    weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW", least=0)
-    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper", least=0)
-    balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1", least=0)
-    window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", least=1)
-    prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours", least=0)
+    epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", low=1)
+    settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0")
+    collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc")
+    lr: float = setting(5e-3, "AdamW's learning rate", "ours; paper: 0.001", low=1e-9)
+    epsilon: float = setting(1e-5, "AdamW's: much smaller gradients make small steps", "ours; torch: 1e-8", low=1e-12)
+    weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
+    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper")
+    balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
+    window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
+    prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256", least=0)
-    contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", least=0)
-    components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code", least=0)
+    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
+    contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", high=1)
+    components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
-    seed: int = setting(0, "of the network's first parameters", "ours", least=0)
+    seed: int = setting(0, "of the network's first parameters", "ours", high=2**32)
 
     def __post_init__(self):
         object.__setattr__(self, "widths", tuple(self.widths))  # lists come from JSON
         for field in dataclasses.fields(self):
-            name, value, kind, limits = field.name, getattr(self, field.name), type(field.default), field.metadata
-            finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            name, value, kind, info = field.name, getattr(self, field.name), type(field.default), field.metadata
+            number = isinstance(value, (int, float)) and info["low"] <= value < info["high"] and kind(value) == value
             for good, want in [
-                (kind is not float or finite, "a finite number"),
-                (kind is not int or finite and isinstance(value, int), "a whole number"),
-                (not limits["choices"] or value in limits["choices"], f"one of {limits['choices']}"),
-                (limits["least"] is None or finite and value >= limits["least"], f"at least {limits['least']}"),
-                (limits["above"] is None or finite and value > limits["above"], f"above {limits['above']}"),
-                (name != "size" or value % PATCH == 0, f"a multiple of {PATCH}"),
-                (name not in ("tau", "contour") or value < 1, "below 1"),
+                (kind not in (int, float) or number,
+                 f"a {'whole ' if kind is int else ''}number from {info['low']} to below {info['high']}"),
+                (not info["choices"] or value in info["choices"], f"one of {info['choices']}"),
                 (name != "widths" or value and all(w >= 1 and w % self.heads == 0 for w in value),
                  f"positive multiples of the number of heads, {self.heads}"),
-                (name != "clusters" or value <= 255, "at most 255"),
-                (name != "seed" or value < 2**32, "below 2^32"),
                 (name != "collective" or value < self.epochs, f"below epochs, {self.epochs}"),
             ]:  # fmt: skip
                 if not good:
@@ -228,13 +222,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, mlp_ratio):
+    def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden = dim * mlp_ratio
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):  # (B,T,C)
         x = x + self.attn(self.norm1(x))
@@ -244,29 +237,24 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """DINO's ViT-S/8 (Caron et al. 2021), parameters named and shaped as in the published file."""
 
-    def __init__(self, dim=384, depth=12, heads=6, patch=PATCH, grid=28, mlp_ratio=4):
+    def __init__(self, dim=384, depth=12, heads=6, grid=28):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)  # not needed for keys, but part of the published file
 
     def keys(self, images, stride=PATCH):
         """Keys of the last block (section II), before the split into heads: (B,N,C), row-major over the patch grid.
 
         images: (B,3,H,W), normalised as for ImageNet, sides multiples of the patch. stride: px between patches.
-        Raises ValueError for sides that are no multiples of the patch.
         """
         proj = self.patch_embed["proj"]
-        patch = proj.kernel_size[0]
-        if images.shape[2] % patch or images.shape[3] % patch:
-            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch, {patch}")
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
-        if x.shape[2:] != position.shape[2:]:
-            position = F.interpolate(position, size=x.shape[2:], mode="bicubic", align_corners=False)
+        position = F.interpolate(position, size=x.shape[2:], mode="bicubic", align_corners=False)
         x = (x + position).flatten(2).transpose(1, 2)  # (B,N,C)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B,1+N,C)
@@ -308,14 +296,12 @@ def load_dino(weights=None, branch="teacher", progress=True):
 
     weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
     branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
-    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where there is none or it
-    cannot be fetched, RuntimeError for another digest.
+    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
+    fetched, RuntimeError for another digest.
     """
     if branch not in ("teacher", "student"):
         raise ValueError(f"branch must be teacher or student, got {branch!r}")
-    path = Path(weights) if weights else fetch_dino(progress)
-    if not path.is_file():
-        raise OSError(f"{path}: there is no such weights file")
+    path, model = Path(weights) if weights else fetch_dino(progress), VisionTransformer()
     try:
         if zipfile.is_zipfile(path):  # what torch.save writes: it has a CRC of each tensor, which torch does not check
             with zipfile.ZipFile(path) as archive:
@@ -325,26 +311,18 @@ def load_dino(weights=None, branch="teacher", progress=True):
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises many kinds on what is not a checkpoint
-        raise ValueError(f"{path}: not a weights file that can be loaded safely ({reason(error)[:120]})") from None
-    if isinstance(state, dict) and branch in state and isinstance(state[branch], dict):
-        state = {name.removeprefix("module."): tensor for name, tensor in state[branch].items()}
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-    elif branch == "student":
-        raise ValueError(f"{path}: no student in this file; only the full checkpoint holds both branches")
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
-
-    model = VisionTransformer()
-    try:
+        if branch in state:  # the full checkpoint, whose branches also have a head
+            names = [name for name in state[branch] if "backbone." in name]
+            state = {name.rpartition("backbone.")[2]: state[branch][name] for name in names}
+        elif branch == "student":
+            raise ValueError("there is no student in it; only the full checkpoint holds both branches")
         model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:  # tensors missing, unexpected, of another shape
-        differs = " ".join(str(error).split("\n\t")[1:])[:200]
-        raise ValueError(f"{path}: not DINO's ViT-S/8: {differs}") from None
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite numbers; fetch the file anew")
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite numbers; fetch the file anew")
+    except Exception as error:  # of many kinds: no file, not a checkpoint, code in it, another network
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: cannot be loaded safely as DINO's ViT-S/8: {why}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -378,40 +356,30 @@ class MaskedAttention(torch.autograd.Function):
     Rows of a softmax are independent, so blocks of rows that stay in cache are computed and dropped, forward and again
     backward: nothing N x N is kept but the graph. And LeakyReLU(e) = max(e, 0.2 e), so exp(LeakyReLU(s_i + t_j)) is
     the larger of two rank-one products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
-    The plain six lines that this equals stand in eval.py (`plain_attention`).
+    The plain lines that this equals stand in eval.py (`plain_attention`).
     """
 
     @staticmethod
-    def row_blocks(adjacency):
-        """Slices of rows with the mask N(i) of each as 0 and 1, since a product is faster than a selection."""
+    def row_blocks(factors, adjacency):
+        """Slices of rows, each with exp(LeakyReLU(s_i + t_j) - shift_i) for the neighbours, else 0: (H,rows,N)."""
+        u, u_slope, v, v_slope = factors  # (H,N) each
         rows = 64 if adjacency.device.type == "cpu" else 2048
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
-            yield block, adjacency[block].clamp(min=0).sign_()
-
-    @staticmethod
-    def exponentials(s, t):
-        """Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1: (H,N) each."""
-        top = t.amax(1, keepdim=True)
-        s, t = s + top, t - top
-        shift = F.leaky_relu(s, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
-        # Products of two below e^-40 would be denormal numbers, on which a CPU takes many times longer.
-        return [x.clamp(min=-40).exp() for x in (s - shift, SLOPE * s - shift, t, SLOPE * t)]
-
-    @staticmethod
-    def weights(factors, block, mask):
-        """exp(LeakyReLU(s_i + t_j) - shift_i) for the neighbours, else 0: (H,rows,N)."""
-        u, u_slope, v, v_slope = factors
-        steep = u[:, block, None] * v[:, None]
-        flat = u_slope[:, block, None] * v_slope[:, None]
-        return torch.maximum(steep, flat, out=steep).mul_(mask)
+            weight = u[:, block, None] * v[:, None]
+            torch.maximum(weight, u_slope[:, block, None] * v_slope[:, None], out=weight)
+            yield block, weight.mul_(adjacency[block].clamp(min=0).sign_())  # a product is faster than a selection
 
     @staticmethod
     def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D), D = out/H
-        factors = MaskedAttention.exponentials(s, t)
+        # Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1, (H,N) each. Products of two below e^-40 would
+        # be denormal numbers, on which a CPU takes many times longer.
+        top = t.amax(1, keepdim=True)
+        high, low = s + top, t - top
+        shift = F.leaky_relu(high, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
+        factors = [x.clamp(min=-40).exp() for x in (high - shift, SLOPE * high - shift, low, SLOPE * low)]
         out, total = torch.empty_like(h), torch.empty_like(h[..., :1])
-        for block, mask in MaskedAttention.row_blocks(adjacency):
-            weight = MaskedAttention.weights(factors, block, mask)
+        for block, weight in MaskedAttention.row_blocks(factors, adjacency):
             total[:, block] = weight.sum(2, keepdim=True)
             out[:, block] = weight @ h
         total = torch.where(total > 0, total, 1)  # a node without neighbours gathers nothing
@@ -428,8 +396,7 @@ class MaskedAttention(torch.autograd.Function):
         grad1 = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
         h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
         dh, ds, dt = torch.zeros_like(h), torch.empty_like(s), torch.zeros_like(t)
-        for block, mask in MaskedAttention.row_blocks(adjacency):
-            weight = MaskedAttention.weights(factors, block, mask)  # (H,rows,N)
+        for block, weight in MaskedAttention.row_blocks(factors, adjacency):
             dh.baddbmm_(weight.mT, grad[:, block])
             de = (grad1[:, block] @ h1).mul_(weight)
             score = torch.add(s[:, block, None], t[:, None], out=weight)
@@ -540,8 +507,7 @@ def standardise(features, adjacency):
     The paper leaves the scale open. A common part longer than the differences, as DINO's keys have one, saturates the
     softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
     """
-    degree = adjacency.sum(1)
-    share = degree / degree.sum().clamp(min=torch.finfo(degree.dtype).tiny)  # (N,)
+    share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
     x = features - share @ features
     return x * (LENGTH / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
 
@@ -570,10 +536,12 @@ COMMUNITIES = 1e-3  # modularity below which there are none: the built-in colour
 
 
 def fit(features, adjacency, config=Config(), shared=None):
-    """Optimise the network for one image alone: the assignment (N,K) and the loss at every epoch that was needed.
+    """Optimise the network for one image alone.
 
-    features f (N,C), adjacency (N,N). shared: parameters from `fit_collective` to start from; the
-    config.collective passes they have had are then taken off the epochs.
+    features f (N,C), adjacency (N,N). shared: parameters from `fit_collective` to start from; the config.collective
+    passes they have had are then taken off the epochs.
+    Returns the assignment (N,K), the loss at every epoch that was needed, and the modularity of the likeliest clusters.
+    Where that is below COMMUNITIES, the assignment is the uniform one.
     """
     x = standardise(features, adjacency)
     network, optimizer = new_network(x.shape[1], config, x.device)
@@ -590,40 +558,31 @@ def fit(features, adjacency, config=Config(), shared=None):
         if config.settled and begun and losses[-4] - losses[-1] < config.settled * gain:
             break
     with torch.no_grad():
-        return network(x, adjacency), losses
-
-
-def cluster(features, adjacency, config=Config(), shared=None):
-    """What `fit` found: the assignment (N,K), the losses, and the modularity of the likeliest clusters, Q of eq. (6).
-
-    Where that is below COMMUNITIES there are none, and the assignment is the uniform one, of which no mask is made.
-    """
-    assignment, losses = fit(features, adjacency, config, shared)
+        assignment = network(x, adjacency)
     labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-    modularity = -modularity_loss(labels, adjacency, balance=0).item()  # eq. (6)
-    if modularity < COMMUNITIES:
+    modularity = -modularity_loss(labels, adjacency, balance=0).item()  # Q, eq. (6)
+    if modularity < COMMUNITIES:  # there are none, and of the uniform assignment no mask is made
         assignment = torch.full_like(assignment, 1 / config.clusters)
     return assignment, losses, modularity
 
 
-def fit_collective(images, config=Config(), device="cpu", progress=None):
+def fit_collective(images, config=Config(), device="cpu", quiet=True):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
-    images: a sequence of pairs, f (N,C) and the weights (N,) of the nodes; N may differ.
-    Each graph is built anew when its turn comes, so that only one is in memory. progress: called after every step.
+    images: a list of pairs, f (N,C) and the weights (N,) of the nodes; N may differ. quiet: show no bar.
+    Each graph is built anew when its turn comes, so that only one is in memory.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None where there is no image.
     """
     if not images:
         return None
     network, optimizer = new_network(images[0][0].shape[1], config, device)
-    for _ in range(config.collective):
-        for features, weights in images:
+    with torch.hub.tqdm(total=config.collective * len(images), desc="shared", disable=quiet) as bar:
+        for features, weights in images * config.collective:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, weights.to(device))
             gradients(network, standardise(features, adjacency), adjacency, config)
             optimizer.step()
-            if progress:
-                progress()
+            bar.update(1)
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
@@ -870,7 +829,7 @@ RING = 20  # px around the user's box that are looked at as known background, at
 
 
 def look(rgb, config, backbone, device="cpu", box=None, point=None):
-    """The View of the object in a photograph (H,W,3) uint8, and its features f (N,C) normalised.
+    """The View of the object in a photograph (H,W,3) uint8, its features f (N,C) normalised, its nodes' weights (N,).
 
     box: (x0, y0, x1, y1) px, ends excluded: a rectangle around the object, given by the user; what lies outside it is
     background. point: (x, y) px, near the middle of the object. Without either it is located.
@@ -903,7 +862,8 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
         reach = [max(PATCH, config.window * half) for half in place[2:]]  # at least one patch, in a corner too
     (y, x), (dy, dx) = place[:2], reach
     window = max(0, round(y - dy)), max(0, round(x - dx)), min(height, round(y + dy)), min(width, round(x + dx))
-    return see(window, config.stride, valid, place)
+    view, features = see(window, config.stride, valid, place)
+    return view, features, node_weights(view, config.prior).to(device)
 
 
 def node_weights(view, width):
@@ -921,11 +881,9 @@ def clean_mask(mask, components):
     """Fill the holes of a mask (H,W) bool, then keep its `components` largest connected pieces, or all for 0."""
     mask = ndimage.binary_fill_holes(mask)
     if components:
-        pieces, count = ndimage.label(mask)
-        area = np.bincount(pieces.ravel(), minlength=count + 1)
-        area[0] = 0  # the background, which may well be the largest
-        keep = np.argsort(-area, kind="stable")[:components]
-        mask = np.isin(pieces, keep[area[keep] > 0])
+        pieces, _ = ndimage.label(mask)
+        area = np.bincount(pieces.ravel())[1:]  # without the background, which may well be the largest
+        mask = np.isin(pieces, 1 + np.argsort(-area, kind="stable")[:components])
     return mask
 
 
@@ -938,16 +896,6 @@ def draw_contour(mask, level):
     return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 255 * level if level else mask
 
 
-def foreground_score(assignment, core):
-    """How much commoner each cluster is in the core than in the window as a whole: (K,), above 0 is foreground.
-
-    assignment (h,w,K); core (h,w) in [0,1], where the object most likely is. For K = 2 exactly one cluster is
-    foreground, unless the clusters are alike. The rule is ours, as the paper states none; no ground truth is involved.
-    """
-    share = assignment.mean((0, 1)).clamp(min=1e-6)
-    return (assignment * core[..., None]).sum((0, 1)) / core.sum().clamp(min=1e-6) / share - 1
-
-
 OVAL = 12  # log-odds of the middle of a box, against 3 of a sure cluster: objects fill the inscribed ellipse, or nearly
 
 
@@ -958,7 +906,10 @@ def finish(view, assignment, config):
     image's own resolution, cluster by cluster for K > 2, then binarised, and the mask cleaned.
     """
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
-    score = foreground_score(assignment, view.core())
+    core = view.core()[..., None]
+    # How much commoner each cluster is in the place than in the window, (K,). For K = 2 exactly one is above 0, unless
+    # they are alike. The rule is ours, as the paper states none; no ground truth is involved.
+    score = (assignment * core).sum((0, 1)) / core.sum() / assignment.mean((0, 1)).clamp(min=1e-6) - 1
     assignment = assignment[..., score.argsort()]
     background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
@@ -998,7 +949,7 @@ class Segmentation:
 
     mask: np.ndarray  # (H,W) bool, the object
     probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning and contour
-    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, by `foreground_score`, ascending; the last ones make the mask
+    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from surest background to surest object, as in `finish`
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
     view: View  # the window that was looked at, and the place
     features: torch.Tensor  # (N,C) f, rows of length 1
@@ -1032,23 +983,18 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, weights, branch, device, progress)
     name = image if isinstance(image, (str, Path)) else "the image"
-    seconds, start = {}, time.perf_counter()
-
-    def lap(stage):
-        nonlocal start
-        seconds[stage], start = time.perf_counter() - start, time.perf_counter()
-
+    clock = [time.perf_counter()]
     rgb = load_image(image)
-    lap("read")
-    view, features = look(rgb, config, backbone, device, box, point)
-    lap("features")
-    adjacency = build_graph(features, config.tau, node_weights(view, config.prior).to(device))
-    assignment, history, modularity = cluster(features, adjacency, config, shared)
+    clock.append(time.perf_counter())
+    view, features, weights = look(rgb, config, backbone, device, box, point)
+    clock.append(time.perf_counter())
+    assignment, history, modularity = fit(features, build_graph(features, config.tau, weights), config, shared)
     if modularity < COMMUNITIES:
         log.warning("%s: no communities are found (modularity %.4f), and so no object", name, modularity)
-    lap("fit")
+    clock.append(time.perf_counter())
     outcome = finish(view, assignment, config)
-    lap("refine")
+    clock.append(time.perf_counter())
+    seconds = dict(zip(("read", "features", "fit", "refine"), np.diff(clock).tolist()))
     return Segmentation(*outcome, view, features, modularity, history, backbone.name, seconds)
 
 
@@ -1157,14 +1103,11 @@ def add_config_flags(parser):
     group = parser.add_argument_group("hyper-parameters (source of the default in brackets)")
     for field in dataclasses.fields(Config):
         flag, default, info = "--" + field.name.replace("_", "-"), field.default, field.metadata
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f"{info['help']}; default {shown} [{info['source']}]".replace("%", "%%")
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, tuple):
-            how = {"type": whole_numbers, "metavar": "INT,INT"}
         else:
-            how = {"type": type(default), "choices": info["choices"]}
+            how = {"type": whole_numbers if isinstance(default, tuple) else type(default), "choices": info["choices"]}
+        text = f"{info['help']}; default {default} [{info['source']}]"
         group.add_argument(flag, default=default, help=text, **how)
 
 
@@ -1199,8 +1142,8 @@ def build_parser():
     add_backbone_flags(parser)
     add("--preset", choices=PRESETS, help="the paper's settings from the graph on")
     add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
-    add("--workers", type=int, metavar="N", help="threads that share several images; default: one a core, at most 4 "
-        "on a GPU. Of no influence on the outputs")  # fmt: skip
+    add("--workers", type=int, default=0, metavar="N", help="threads that share several images; default: one a core, "
+        "at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
     add("--quiet", action="store_true", help="only warnings and errors")
     add("--verbose", action="store_true", help="seconds of every stage")
     add_config_flags(parser)
@@ -1210,10 +1153,8 @@ def build_parser():
 def parse_options(parser, argv=None, presets=PRESETS):
     """The parsed options, where a preset changes the defaults and the flags given still win."""
     options = parser.parse_args(argv)
-    if options.preset:
-        parser.set_defaults(**presets[options.preset])
-        options = parser.parse_args(argv)
-    return options
+    parser.set_defaults(**presets.get(options.preset, {}))
+    return parser.parse_args(argv)
 
 
 def is_image(path):
@@ -1229,30 +1170,25 @@ def plan_outputs(options):
         if not inside:
             raise ValueError(f"{path}: there is no image in this folder")
         images += inside
-    single = images == options.images[:1] and not output.is_dir()
-    if single and output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: a mask's name ends in .png, or give an existing folder")
-    if not single and not output.is_dir() and output.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{output}: several images need a folder, and this is the name of an image")
+    single = output.suffix.lower() == ".png"
+    if output.suffix.lower() in SUFFIXES and not (single and images == options.images[:1]):
+        raise ValueError(f"{output}: a mask's name ends in .png, and several images need a folder")
     folder = output.parent if single else output
-    there = folder if single or folder.exists() else folder.parent
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"{there}: there is no such folder, or no permission to write there")
 
     kinds = [kind for kind, (what, _) in KINDS.items() if not what or getattr(options, kind)]
-    plan, writer = [], {image.resolve(): None for image in images}
+    plan, taken = [], {image.resolve(): "an input" for image in images}
     for image in images:
         mask = output if single else folder / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
-            other = writer.setdefault(path.resolve(), image)
-            if other is None or path.is_dir():
-                what = "an input" if other is None else "a folder"
-                raise ValueError(f"{path}: would be written, but it is {what}; choose another output")
-            if other is not image:
-                raise ValueError(f"{path}: would be written for both {other} and {image}; rename one or run them apart")
+            if path.resolve() in taken:
+                raise ValueError(f"{path}: would be written for {image}, but it is {taken[path.resolve()]}; "
+                                 "choose another output, or rename an image")  # fmt: skip
+            taken[path.resolve()] = f"written for {image}"
         plan.append((image, outputs))
     folder.mkdir(exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: no permission to write there")
     return plan
 
 
@@ -1291,13 +1227,11 @@ def worker_map(workers, images):
     if images == 1:
         yield map
         return
-    before, pool = torch.get_num_threads(), ThreadPoolExecutor(workers)
-    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])  # which counts for each thread
     try:
         yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt only what is begun is finished
-        torch.set_num_threads(before)
 
 
 def rank_and_world():
@@ -1339,15 +1273,11 @@ def shared_parameters(images, scene, config, device, quiet):
             scenes[number] = [tensor.cpu() for tensor in scene(image)]
     for part in gather(scenes):  # every rank takes all the steps, so that all have the same parameters
         scenes |= part
-    scenes = [scenes[number] for number in sorted(scenes)]
-    with torch.hub.tqdm(total=config.collective * len(scenes), desc="shared", disable=quiet) as bar:
-        return fit_collective(scenes, config, device, progress=lambda: bar.update(1))
+    return fit_collective([scenes[number] for number in sorted(scenes)], config, device, quiet)
 
 
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"workers must be at least 1, got {options.workers}")
     hints = {"box": options.box, "point": options.point}
     for name, count in ("box", 4), ("point", 2):
         if hints[name] and len(hints[name]) != count:
@@ -1369,12 +1299,11 @@ def run(options):
         if config.collective:  # over all the images, so that going on after an interruption changes nothing
 
             def scene(task):
-                view, features = look(load_image(task[0]), config, backbone, device, **hints)
-                return features, node_weights(view, config.prior)
+                return look(load_image(task[0]), config, backbone, device, **hints)[1:]
 
             how["shared"] = shared_parameters(share, scene, config, device, options.quiet or rank > 0)
-        most = min(torch.get_num_threads(), 4) if device.type == "cuda" else torch.get_num_threads()
-        workers = most if options.workers is None else options.workers
+        cores = torch.get_num_threads()
+        workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
         failures = []
         with worker_map(workers, len(plan)) as in_order:
             done = in_order(lambda item: segment_to_files(*item[1], config, how, options.verbose), todo)
