@@ -692,7 +692,7 @@ OFFICIAL = u.PRESETS["paper"] | {"tau": 0.35, "stride": 4, "heads": 1, "widths":
 def named_folder(text):
     """("name", Path) from "name=folder"."""
     name, equals, folder = text.partition("=")
-    if not (name and equals and folder) or name in METHODS or name in REFERENCE_ROWS:
+    if not (name and equals and folder) or name in METHODS:
         raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, the name not that of a method here; got {text!r}")
     return name, Path(folder)
 
