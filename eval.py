@@ -730,8 +730,9 @@ def build_parser():
         "backbone's place; says what a backbone that knows the object would give")  # fmt: skip
     add("--tolerance", default="2%", help="of the surface Dice: 2%% of the diagonal (default), or 5px")
     add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the list")
-    add("--group-by", type=regular_expression, metavar="REGEX", help="its first group in an image's name is the image's "
-        "group, as ^(s\\d+)_ for sequences: adds means of the groups' means, and the intervals resample groups")  # fmt: skip
+    add("--group-by", type=regular_expression, metavar="REGEX",
+        help="its first group in an image's name is the image's group, as ^(s\\d+)_ for sequences: adds means of the "
+        "groups' means, and the intervals resample groups")  # fmt: skip
     add("--reference", choices=REFERENCES, help="add the paper's published rows")
     add("--csv", type=Path, help="scores of each image and method, written as they come")
     add("--resume", action="store_true", help="keep what the --csv file holds and do the rest")
