@@ -907,7 +907,7 @@ MOST_GEOMETRIC = 784  # nodes; larger graphs are left out, for the memory
 
 
 def plain_attention(h, s, t, adjacency):
-    """Eqs. (2) and (3) in six lines, with every N x N tensor that autograd then keeps; shapes as in MaskedAttention."""
+    """Eqs. (2) and (3) plainly, with every N x N tensor that autograd then keeps; shapes as in MaskedAttention."""
     e = F.leaky_relu(s[:, :, None] + t[:, None, :], u.SLOPE)
     e = e.masked_fill(adjacency <= 0, -torch.inf)
     return e.softmax(dim=2) @ h

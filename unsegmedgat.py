@@ -68,7 +68,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 class Config:
     """Every hyper-parameter, with its source. Each is a flag, with hyphens. Raises ValueError when out of range."""
 
-    size: int = setting(224, "px of the features' shorter side, in eights", "authors' code", low=2 * PATCH)
+    size: int = setting(224, "px of the shorter side, rounded to a multiple of 8", "authors' code", low=2 * PATCH)
     stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", choices=(8, 4, 2))
     tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", 1e-9, 1)
     heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours, the paper gives none", low=1)
@@ -99,9 +99,9 @@ class Config:
         object.__setattr__(self, "widths", tuple(self.widths))  # lists come from JSON
         for field in dataclasses.fields(self):
             name, value, kind, info = field.name, getattr(self, field.name), type(field.default), field.metadata
-            number = isinstance(value, (int, float)) and info["low"] <= value < info["high"] and kind(value) == value
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # a bool is an int in Python
             for good, want in [
-                (kind not in (int, float) or number,
+                (kind not in (int, float) or number and info["low"] <= value < info["high"],
                  f"a {'whole ' if kind is int else ''}number from {info['low']} to below {info['high']}"),
                 (not info["choices"] or value in info["choices"], f"one of {info['choices']}"),
                 (name != "widths" or value and all(w >= 1 and w % self.heads == 0 for w in value),
@@ -249,8 +249,11 @@ class VisionTransformer(nn.Module):
         """Keys of the last block (section II), before the split into heads: (B,N,C), row-major over the patch grid.
 
         images: (B,3,H,W), normalised as for ImageNet, sides multiples of the patch. stride: px between patches.
+        Raises ValueError for other sides.
         """
         proj = self.patch_embed["proj"]
+        if images.shape[2] % PATCH or images.shape[3] % PATCH:
+            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch, {PATCH}")
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
@@ -1181,14 +1184,16 @@ def plan_outputs(options):
         mask = output if single else folder / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
-            if path.resolve() in taken:
-                raise ValueError(f"{path}: would be written for {image}, but it is {taken[path.resolve()]}; "
+            if path.is_dir() or path.resolve() in taken:
+                what = taken.get(path.resolve(), "a folder")
+                raise ValueError(f"{path}: would be written for {image}, but it is {what}; "
                                  "choose another output, or rename an image")  # fmt: skip
             taken[path.resolve()] = f"written for {image}"
         plan.append((image, outputs))
-    folder.mkdir(exist_ok=True)
+    if not single:
+        folder.mkdir(exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder}: no permission to write there")
+        raise ValueError(f"{folder}: there is no such folder, or no permission to write there")
     return plan
 
 
@@ -1278,6 +1283,8 @@ def shared_parameters(images, scene, config, device, quiet):
 
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
+    if options.workers < 0:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}")
     hints = {"box": options.box, "point": options.point}
     for name, count in ("box", 4), ("point", 2):
         if hints[name] and len(hints[name]) != count:
