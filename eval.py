@@ -58,33 +58,20 @@ log = logging.getLogger("eval")
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def unsegmedgat(features, adjacency, config):
-    """The paper's method, each image alone: what `unsegmedgat.segment` does."""
-    return u.fit(features, adjacency, config)[0]
-
-
-def unsegmedgatc(features, adjacency, config, shared):
-    """The paper's collective method, from the parameters `shared` of `unsegmedgat.fit_collective`."""
-    return u.fit(features, adjacency, collective(config), shared)[0]
-
-
-def collective(config):
-    """The config of the collective method: T0 = 5 as in section III of the paper, unless it is set."""
-    return config if config.collective else dataclasses.replace(config, collective=5)
-
-
-RESTARTS = 10  # of k-means; the best is kept
+def unsegmedgat(features, adjacency, config, shared=None):
+    """The paper's method, each image alone; from the parameters `shared` of `fit_collective`, UnSegMedGATc."""
+    return u.fit(features, adjacency, config, shared)[0]
 
 
 def kmeans(features, adjacency, config):
-    """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007) on the features; the graph is not used."""
-    x = features.cpu().numpy().astype(np.float64)
-    runs = []
-    for seed in range(config.seed, config.seed + RESTARTS):
-        # 10 steps are SciPy's default; 30 are past convergence here.
-        centres, labels = scipy.cluster.vq.kmeans2(x, config.clusters, iter=30, minit="++", seed=seed)
-        runs.append((np.square(x - centres[labels]).sum(), labels))
-    return one_hot(min(runs, key=lambda run: run[0])[1], features, config)
+    """Lloyd's algorithm on the features, the best of ten starts from k-means++ seeds; the graph is not used.
+
+    Arthur and Vassilvitskii 2007. 10 steps are SciPy's default; 30 are past convergence here.
+    """
+    x, seeds = features.cpu().numpy().astype(np.float64), range(config.seed, config.seed + 10)
+    runs = [scipy.cluster.vq.kmeans2(x, config.clusters, iter=30, minit="++", seed=seed) for seed in seeds]
+    _, labels = min(runs, key=lambda run: np.square(x - run[0][run[1]]).sum())
+    return one_hot(labels, features, config)
 
 
 def one_hot(labels, features, config):
@@ -154,11 +141,11 @@ class Arma(nn.Module):
         return state.mean(0)
 
 
-def optimise(convolution, loss, features, propagation, config):
-    """Minimise loss(assignment) over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
+def optimise(features, adjacency, config, convolution, loss):
+    """Minimise a loss over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
 
-    convolution: a class, called with the widths in and out and the activation. propagation: normalised A (N,N). The
-    widths, and the one hidden layer of the perceptron, are ours.
+    convolution: a class, called with the widths in and out and the activation. loss: of the assignment, A (N,N), A
+    normalised and config. The widths, and the one hidden layer of the perceptron, are ours.
     """
     width, activation = config.projection, u.ACTIVATIONS[config.activation]()
     with torch.random.fork_rng(devices=[]):
@@ -166,49 +153,40 @@ def optimise(convolution, loss, features, propagation, config):
         layer = convolution(features.shape[1], width, activation)
         perceptron = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, config.clusters))
     network = nn.ModuleList([layer, perceptron]).to(features.device)
+    propagation = normalise(adjacency)
     x = u.standardise(features, propagation)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     for _ in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
-        loss(perceptron(layer(x, propagation)).softmax(1)).backward()
+        loss(perceptron(layer(x, propagation)).softmax(1), adjacency, propagation, config).backward()
         optimizer.step()
     with torch.no_grad():
         return perceptron(layer(x, propagation)).softmax(1)
 
 
-def mincut_loss(assignment, propagation):
+def mincut_loss(assignment, _, propagation, config):
     """Cut and orthogonality loss, eq. (9) of Bianchi et al. 2020; a scalar. S (N,K), A normalised (N,N)."""
     within = (assignment * (propagation @ assignment)).sum()  # Tr(S^T A S)
     volume = (propagation.sum(1) @ assignment.square()).sum()  # Tr(S^T D S)
-    overlap = assignment.T @ assignment  # (K,K)
-    k = len(overlap)
+    overlap, k = assignment.T @ assignment, config.clusters  # (K,K)
     balance = (overlap / overlap.norm() - torch.eye(k).to(overlap) / math.sqrt(k)).norm()
     return -within / volume.clamp(min=1e-12) + balance
 
 
-def mincutpool(features, adjacency, config):
-    """MinCutPool (Bianchi et al. 2020), its pooling layer optimised for one image alone."""
-    convolution, propagation = functools.partial(Convolution, skip=True), normalise(adjacency)
-    return optimise(convolution, lambda s: mincut_loss(s, propagation), features, propagation, config)
+def modularity_loss(assignment, adjacency, _, config):
+    """The paper's eq. (8)."""
+    return u.modularity_loss(assignment, adjacency, config.resolution, config.balance)
 
 
-def modularity(features, adjacency, config, convolution):
-    """A graph convolution and the modularity loss, eq. (8).
-
-    With that of Kipf and Welling 2017 it is UnSegGNet, with ARMA UnSeGArmaNet (both Reddy et al. 2024).
-    """
-    return optimise(convolution, lambda s: u.modularity_loss(s, adjacency, config.resolution, config.balance),
-                    features, normalise(adjacency), config)  # fmt: skip
-
-
+skipping = functools.partial(Convolution, skip=True)
 METHODS = {  # one more line adds a method
     "unsegmedgat": unsegmedgat,
-    "unsegmedgatc": unsegmedgatc,
+    "unsegmedgatc": unsegmedgat,  # `score_all` gives it the shared parameters
     "vit-kmeans": kmeans,
     "dsm": dsm,
-    "mincutpool": mincutpool,
-    "unseggnet": functools.partial(modularity, convolution=Convolution),
-    "unsegarmanet": functools.partial(modularity, convolution=Arma),
+    "mincutpool": functools.partial(optimise, convolution=skipping, loss=mincut_loss),  # Bianchi et al. 2020
+    "unseggnet": functools.partial(optimise, convolution=Convolution, loss=modularity_loss),  # Reddy et al. 2024
+    "unsegarmanet": functools.partial(optimise, convolution=Arma, loss=modularity_loss),  # Reddy et al. 2024
 }
 
 
@@ -216,9 +194,7 @@ METHODS = {  # one more line adds a method
 # Beside the methods: rows that cost nothing, and the features of a backbone that knows the object
 # ---------------------------------------------------------------------------------------------------------------
 
-CENTRED = 0.25  # semi-axes of the centred ellipse, as a share of the image's sides; one figure for all data
-AROUND = 0.15  # radius of the disc around a given point, as a share of the image's shorter side
-EVERYTHING, LOCATED = "everything foreground", "located place"
+LOCATED = "located place"  # the disc itself in a clustering's place: what the graph adds is the difference to it
 
 
 def ellipse(shape, box):
@@ -229,22 +205,21 @@ def ellipse(shape, box):
 
 
 def free_rows(protocol, shape, hint):
-    """{row: mask (H,W)} of guesses that look at no pixel. hint: the point or box in the pixels of `shape`, or None."""
+    """{row: mask (H,W)} of guesses that look at no pixel. hint: the point or box in the pixels of `shape`, or None.
+
+    The sizes are a share of the image's, one figure for all data.
+    """
     (h, w), everything = shape, np.ones(shape, bool)
     name, box = "inscribed ellipse", hint
     if protocol == "blind":
-        low, high = 0.5 - CENTRED, 0.5 + CENTRED
-        name, box = "centred ellipse", (low * w, low * h, high * w, high * h)
+        name, box = "centred ellipse", (0.25 * w, 0.25 * h, 0.75 * w, 0.75 * h)
     elif protocol == "point":
-        x, y, r = hint[0] + 0.5, hint[1] + 0.5, AROUND * min(shape)
+        x, y, r = hint[0] + 0.5, hint[1] + 0.5, 0.15 * min(shape)
         name, box = "disc at the point", (x - r, y - r, x + r, y + r)
     elif protocol == "box":  # nobody who was given a box would mark what lies outside it
         y, x = np.ogrid[:h, :w]
         everything = (y >= box[1]) & (y < box[3]) & (x >= box[0]) & (x < box[2])
-    return {EVERYTHING: everything, name: ellipse(shape, box)}
-
-
-REGIONS = 4  # of the background of planted features
+    return {"everything foreground": everything, name: ellipse(shape, box)}
 
 
 def plant(truth, noise, seed):
@@ -254,7 +229,7 @@ def plant(truth, noise, seed):
     f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384), with o = 0.35 e0 + 0.94 e1; e0, e1 and r_1..r_4 are
     random unit directions in 384 dimensions, the same for all images, and g is standard normal. seed: of g, a list.
     """
-    directions = np.random.default_rng(0).standard_normal((2 + REGIONS, 384))
+    directions = np.random.default_rng(0).standard_normal((6, 384))
     e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
 
     def extract(view):
@@ -265,7 +240,7 @@ def plant(truth, noise, seed):
         lab = F.avg_pool2d(u.rgb_to_lab(view.image), u.PATCH, view.stride)
         row, column = torch.meshgrid(*(torch.linspace(0, 20, side) for side in c.shape), indexing="ij")
         looks = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
-        _, label = scipy.cluster.vq.kmeans2(looks, REGIONS, iter=20, minit="++", seed=0)
+        _, label = scipy.cluster.vq.kmeans2(looks, len(regions), iter=20, minit="++", seed=0)
         background = 0.75 * e0 + 0.66 * torch.stack(regions)[label]  # (N,384)
         g = torch.from_numpy(np.random.default_rng([*seed, *view.window]).standard_normal(background.shape)).float()
         c = c.reshape(-1, 1)
@@ -282,11 +257,6 @@ METRICS = ("iou", "dice", "precision", "recall", "hd95", "nsd")
 WORST = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # of an image that failed
 
 
-def contour(mask):
-    """Where the border pixels of a mask are: (n,2). They have a 4-neighbour outside the mask or the image."""
-    return np.argwhere(mask & ~ndimage.binary_erosion(mask))
-
-
 def metrics(mask, truth, tolerance="2%"):
     """Scores of a mask (H,W) against the truth (H,W), a dictionary of floats.
 
@@ -294,6 +264,7 @@ def metrics(mask, truth, tolerance="2%"):
     average with the background's IoU, no pooling of the images' pixels) and dice its Dice.
     hd95: 95th percentile of the distances from each border pixel of either mask to the other's border, both ways
     pooled, in % of the diagonal of (H,W), as images differ in size.
+    Border pixels have a 4-neighbour outside the mask or the image.
     nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels within the tolerance of the other
     border, in [0,1]. tolerance: "2%" of the diagonal, or "5px".
     Where one of the masks is empty: 0, and 100 for hd95. Where both are: a perfect score.
@@ -302,7 +273,7 @@ def metrics(mask, truth, tolerance="2%"):
     if not (mask.any() and truth.any()):
         return dict(WORST) if mask.any() or truth.any() else dict.fromkeys(METRICS, 1.0) | {"hd95": 0.0}
     diagonal = math.hypot(*truth.shape)
-    a, b = contour(mask), contour(truth)
+    a, b = (np.argwhere(area & ~ndimage.binary_erosion(area)) for area in (mask, truth))
     distances = np.concatenate([KDTree(b).query(a)[0], KDTree(a).query(b)[0]])
     return {
         "iou": true_positive / int((mask | truth).sum()),
@@ -407,12 +378,6 @@ def load_mask(path, shape=None):
     return values > (127.5 if jpeg else values.max() / 2)  # an empty JPEG mask rings around 0
 
 
-def bounding_box(mask):
-    """The box (x0, y0, x1, y1) of a mask that is not empty, ends excluded."""
-    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return columns.start, rows.start, columns.stop, rows.stop
-
-
 def inner_point(mask):
     """The pixel (x, y) nearest the centroid of a mask that is not empty."""
     inside = np.argwhere(mask)
@@ -454,104 +419,101 @@ class Run:
     predictions: dict  # {row: {stem: mask file}}, made elsewhere
 
 
-def squashed(array, run, method):
-    """An image or mask as a square if the run says so, as the authors' code does before anything else."""
-    if not run.options.squash:
-        return array
-    return np.array(Image.fromarray(array).resize((run.config.size, run.config.size), method))
+class Scene:
+    """One image under the protocol of a run: what of it is scored, what is given away, and the masks of the rows.
 
-
-def frame(stem, image, truth_path, run):
-    """What is seen of an image: (image (H,W,3), the slices to look at, the point or box within them or None, Backbone).
-
-    Raises an exception where the image, or what the protocol needs, cannot be had.
+    Raises an exception where the image, or what the protocol needs of its truth, cannot be had.
     """
-    rgb, protocol, noise = u.load_image(image), run.options.protocol, run.options.plant
-    shape, scored, hint, backbone = rgb.shape[:2], np.s_[:, :], None, run.backbone
-    if protocol == "blind" and noise is None:
-        return rgb, scored, hint, backbone
-    # The one place where something of the ground truth goes into a prediction; the table says so.
-    truth, seed = load_mask(truth_path, shape), [run.config.seed, zlib.crc32(stem.encode())]
-    if protocol != "blind" and not truth.any():
-        raise u.ImageError("the ground truth is empty, so it has no place: "
-                           "use --protocol blind, or leave the image out")  # fmt: skip
-    if protocol == "official":
-        x0, y0, x1, y1 = bounding_box(truth)
-        top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
-        scored, hint = np.s_[top : y1 + u.RING, left : x1 + u.RING], (x0 - left, y0 - top, x1 - left, y1 - top)
-    elif protocol != "blind":
-        hint = inner_point(truth) if protocol == "point" else bounding_box(truth)
-        hint = jittered(hint, run.options.jitter, shape, seed)
-    if noise is not None:
-        backbone = plant(squashed(truth[scored], run, Image.NEAREST), noise, seed)
-    return rgb, scored, hint, backbone
 
-
-def look(rgb, run, backbone, hint):
-    """The view, features and node weights of an image or crop. hint: a point or box, where the protocol gives it."""
-    given = {run.options.protocol: hint} if run.options.protocol in ("point", "box") else {}
-    return u.look(squashed(rgb, run, Image.BILINEAR), run.config, backbone, run.device, **given)
-
-
-def masks_of(stem, image, truth_path, rows, run):
-    """What some rows make of one image: ({row: ([mask (H,W), ...], seconds) or the exception}, the slices, the image).
-
-    The slices are of the part that is scored. In the official protocol there are two masks, of either polarity.
-    Raises an exception where no row can be made.
-    """
-    rgb, scored, hint, backbone = frame(stem, image, truth_path, run)
-    seen, polarities = rgb[scored], (False, True) if run.options.protocol == "official" else (False,)
-    free = free_rows(run.options.protocol, seen.shape[:2], hint)
-
-    @functools.cache
-    def scene():
-        view, features, weights = look(seen, run, backbone, hint)
-        return view, features, u.build_graph(features, run.config.tau, weights)
-
-    found = {}
-    for row in rows:
-        start = time.perf_counter()
-        try:
-            if row in free:
-                masks = [free[row]]
-            elif row in run.predictions:
-                if stem not in run.predictions[row]:
-                    raise u.ImageError(f"there is no prediction named {stem}")
-                mask = load_mask(run.predictions[row][stem], rgb.shape[:2])[scored]
-                masks = [mask ^ flip for flip in polarities]
+    def __init__(self, stem, paths, run):
+        self.stem, self.paths, self.run = stem, paths, run
+        self.rgb, self.scored, self.hint, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
+        protocol, noise, seed = run.options.protocol, run.options.plant, [run.config.seed, zlib.crc32(stem.encode())]
+        # The one place where something of the ground truth goes into a prediction; the table says so.
+        if protocol != "blind":
+            if not self.truth.any():
+                raise u.ImageError("the ground truth is empty, so it has no place: "
+                                   "use --protocol blind, or leave the image out")  # fmt: skip
+            box = x0, y0, x1, y1 = Image.fromarray(self.truth).getbbox()
+            if protocol == "official":
+                top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
+                self.scored = np.s_[top : y1 + u.RING, left : x1 + u.RING]
+                self.hint = x0 - left, y0 - top, x1 - left, y1 - top
             else:
-                view, features, adjacency = scene()
-                start = time.perf_counter()  # what all rows share is not counted
-                if row == LOCATED:
-                    assignment = one_hot(view.core().flatten(), features, run.config)
-                else:
-                    assignment = run.methods[row](features, adjacency, run.config)
-                mask = Image.fromarray(u.finish(view, assignment, run.config)[0])
-                mask = np.asarray(mask.resize(seen.shape[1::-1], Image.NEAREST))
-                masks = [mask ^ flip for flip in polarities]
-            found[row] = masks, time.perf_counter() - start
-        except Exception as error:
-            found[row] = error
-    return found, scored, rgb
+                hint = box if protocol == "box" else inner_point(self.truth)
+                self.hint = jittered(hint, run.options.jitter, self.truth.shape, seed)
+        if noise is not None:
+            self.backbone = plant(self.squashed(self.truth[self.scored], Image.NEAREST), noise, seed)
+        self.seen = self.rgb[self.scored]
+        self.free = free_rows(protocol, self.seen.shape[:2], self.hint)
+
+    @functools.cached_property
+    def truth(self):
+        """(H,W) bool, read when it is asked for: in the blind protocol, once every mask is made."""
+        return load_mask(self.paths[1], self.rgb.shape[:2])
+
+    def squashed(self, array, method):
+        """An image or mask as a square if the run says so, as the authors' code does before anything else."""
+        size = (self.run.config.size,) * 2
+        return np.array(Image.fromarray(array).resize(size, method)) if self.run.options.squash else array
+
+    def look(self):
+        """The view, features and node weights of what is seen."""
+        given = {name: self.hint for name in ("point", "box") if name == self.run.options.protocol}
+        rgb = self.squashed(self.seen, Image.BILINEAR)
+        return u.look(rgb, self.run.config, self.backbone, self.run.device, **given)
+
+    @functools.cached_property
+    def graph(self):
+        """The view, features and adjacency, the same for all rows."""
+        view, features, weights = self.look()
+        return view, features, u.build_graph(features, self.run.config.tau, weights)
+
+    def masks(self, row):
+        """What a row makes of the part that is scored: [mask (H,W)], in the official protocol in either polarity."""
+        config, predictions = self.run.config, self.run.predictions.get(row, {})
+        if row in self.free:
+            return [self.free[row]]
+        if row in self.run.predictions:
+            if self.stem not in predictions:
+                raise u.ImageError(f"there is no prediction named {self.stem}")
+            mask = load_mask(predictions[self.stem], self.rgb.shape[:2])[self.scored]
+        else:
+            view, features, adjacency = self.graph
+            if row == LOCATED:
+                assignment = one_hot(view.core().flatten(), features, config)
+            else:
+                assignment = self.run.methods[row](features, adjacency, config)
+            mask = Image.fromarray(u.finish(view, assignment, config)[0])
+            mask = np.asarray(mask.resize(self.seen.shape[1::-1], Image.NEAREST))
+        return [mask, ~mask] if self.run.options.protocol == "official" else [mask]
 
 
-def evaluate(stem, image, truth_path, rows, run):
+def evaluate(stem, paths, rows, run):
     """Score some rows on one image: {row: {metric: float, "seconds": float, "error": text, empty if all went well}}."""
+    found, scores = {}, {}
     try:
-        found, scored, rgb = masks_of(stem, image, truth_path, rows, run)
-        truth = load_mask(truth_path, rgb.shape[:2])  # blind: read only now that every mask is made
+        scene = Scene(stem, paths, run)
+        for row in rows:
+            try:
+                if row in run.methods:
+                    scene.graph  # what all rows share is not counted
+                start = time.perf_counter()
+                found[row] = scene.masks(row), time.perf_counter() - start
+            except Exception as error:
+                found[row] = error
+        truth = scene.truth[scene.scored]
         if not truth.any():
-            log.warning("%s: the ground truth is empty; only an empty mask scores 1, any other 0", truth_path)
+            log.warning("%s: the ground truth is empty; only an empty mask scores 1, any other 0", paths[1])
     except Exception as error:
         found = dict.fromkeys(rows, error)
-    scores = {}
     for row in rows:
         if isinstance(found[row], Exception):
-            log.error("%s: %s: %s", image, row, u.reason(found[row]))
+            log.error("%s: %s: %s", paths[0], row, u.reason(found[row]))
             scores[row] = WORST | {"seconds": 0.0, "error": u.reason(found[row])}
         else:
             masks, seconds = found[row]
-            best = max((metrics(mask, truth[scored], run.options.tolerance) for mask in masks), key=lambda s: s["iou"])
+            best = max((metrics(mask, truth, run.options.tolerance) for mask in masks), key=lambda s: s["iou"])
             scores[row] = best | {"seconds": seconds, "error": ""}
     return scores
 
@@ -653,27 +615,21 @@ def markdown(summary, reference=None):
     return as_table(table)
 
 
-TRUE_COLOUR, PREDICTED_COLOUR, TILE = (255, 220, 0), (0, 200, 255), 300
-
-
 def contact_sheet(pairs, scores, row, run, columns=4):
     """The best, median and worst images of a row, one line each: a PIL image. Yellow: true contour, blue: predicted."""
     ranked = sorted((s for s in pairs if not scores[s, row]["error"]), key=lambda stem: -scores[stem, row]["iou"])
-    columns = min(columns, math.ceil(len(ranked) / 3))
+    columns, side = min(columns, math.ceil(len(ranked) / 3)), 300  # px, of a tile
     middle = (len(ranked) - columns) // 2
     chosen = ranked[:columns] + ranked[middle : middle + columns] + ranked[len(ranked) - columns :]
     tiles = []
     for number, stem in enumerate(chosen):
-        found, scored, rgb = masks_of(stem, *pairs[stem], [row], run)
-        if isinstance(found[row], Exception):  # it went well before: the file has changed since
-            raise found[row]
-        truth = load_mask(pairs[stem][1])[scored]
-        mask = max(found[row][0], key=lambda mask: metrics(mask, truth)["iou"])
-        drawn = rgb[scored].copy()
-        for area, colour in ((truth, TRUE_COLOUR), (mask, PREDICTED_COLOUR)):
-            drawn[area ^ ndimage.binary_erosion(area, iterations=max(1, max(area.shape) // TILE))] = colour
+        scene = Scene(stem, pairs[stem], run)
+        truth, drawn = scene.truth[scene.scored], scene.seen.copy()
+        mask = max(scene.masks(row), key=lambda mask: metrics(mask, truth)["iou"])
+        for area, colour in ((truth, (255, 220, 0)), (mask, (0, 200, 255))):
+            drawn[area ^ ndimage.binary_erosion(area, iterations=max(1, max(area.shape) // side))] = colour
         text = f"{('best', 'median', 'worst')[number // columns]}: {stem}, IoU {scores[stem, row]['iou'] * 100:.1f}"
-        tiles.append(u.tile(text, ImageOps.pad(Image.fromarray(drawn), (TILE, TILE), color="white"), (TILE, TILE)))
+        tiles.append(u.tile(text, ImageOps.pad(Image.fromarray(drawn), (side, side), color="white"), (side, side)))
     return u.side_by_side(tiles, columns)
 
 
@@ -764,8 +720,6 @@ def check(options):
          f"{options.csv}: exists; add --resume to go on with it, or name another file"),
         (options.sheet and options.sheet.suffix.lower() != ".png",
          f"{options.sheet}: the sheet's name must end in .png"),
-        ("unsegmedgatc" in options.methods and options.epochs <= 5 and not options.collective,
-         "unsegmedgatc has 5 shared epochs, so --epochs must be more; or name other --methods"),
     ]:  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -773,19 +727,6 @@ def check(options):
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: there is no such folder, or no permission to write there")
     pixels(options.tolerance, 1)
-
-
-def shared_parameters(pairs, run):
-    """The first phase of UnSegMedGATc over all the images; always from the start, so that --resume changes nothing."""
-
-    def scene(pair):
-        stem, (image, truth_path) = pair
-        rgb, seen, hint, backbone = frame(stem, image, truth_path, run)
-        return look(rgb[seen], run, backbone, hint)[1:]
-
-    rank, world = u.rank_and_world()
-    share = [*enumerate(pairs.items())][rank::world]
-    return u.shared_parameters(share, scene, collective(run.config), run.device, run.options.quiet or rank > 0)
 
 
 def settings_of(run):
@@ -797,27 +738,30 @@ def settings_of(run):
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 
 
-def fingerprint(row, run, pairs):
-    """A digest of one row's settings; of the collective method, whose scores depend on all images, also of these."""
-    extra = sorted(pairs) if row == "unsegmedgatc" else sorted(map(str, run.predictions.get(row, {}).values()))
-    return hashlib.sha256(json.dumps([settings_of(run), extra], sort_keys=True).encode()).hexdigest()[:12]
-
-
 def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
-    options, (rank, world) = run.options, u.rank_and_world()
-    fingerprints = {row: fingerprint(row, run, pairs) for row in rows}
+    options, (rank, world), fingerprints = run.options, u.rank_and_world(), {}
+    for row in rows:  # a digest of all that its scores depend on: for the collective method these are all the images
+        extra = sorted(pairs) if row == "unsegmedgatc" else sorted(map(str, run.predictions.get(row, {}).values()))
+        text = json.dumps([settings_of(run), extra], sort_keys=True)
+        fingerprints[row] = hashlib.sha256(text.encode()).hexdigest()[:12]
     # The first rank reads for all, so that none writes before.
     scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
     if "unsegmedgatc" in rows and (options.sheet or any("unsegmedgatc" in missing for missing in todo.values())):
-        run.methods["unsegmedgatc"] = functools.partial(unsegmedgatc, shared=shared_parameters(pairs, run))
+
+        def scene(stem):  # of all the images and from the start, so that --resume changes nothing
+            return Scene(stem, pairs[stem], run).look()[1:]
+
+        images, quiet = [*enumerate(pairs)][rank::world], options.quiet or rank > 0
+        shared = u.shared_parameters(images, scene, run.config, run.device, quiet)
+        run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
     share, ours = list(todo)[rank::world], {}
     bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
     with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         for stem in share:
-            for row, score in evaluate(stem, *pairs[stem], todo[stem], run).items():
+            for row, score in evaluate(stem, pairs[stem], todo[stem], run).items():
                 ours[stem, row] = score
                 writer.writerow({"settings": fingerprints[row], "image": stem, "method": row} | score)
             file.flush()  # an image's lines in one piece, so that those of several ranks do not mix
@@ -860,6 +804,7 @@ def labels_of(stems, pattern):
 def run_evaluation(options):
     """Score what the options ask for and print the table; returns the exit code. Raises errors for wrong use."""
     check(options)
+    options.collective = options.collective or min(5, options.epochs - 1)  # of unsegmedgatc: section III of the paper
     config, device = u.config_from(options), u.pick_device(options.device)
     u.gather(None)  # no rank writes before every rank has looked what exists
     pairs, alone = pair_files(options.images, options.masks)
@@ -903,7 +848,6 @@ def run_evaluation(options):
 
 SIZES = {784: (224, 8), 3025: (224, 4)}  # N: (size, stride)
 MEGAPIXELS = (1, 3, 12)
-MOST_GEOMETRIC = 784  # nodes; larger graphs are left out, for the memory
 
 
 def plain_attention(h, s, t, adjacency):
@@ -924,12 +868,11 @@ def photograph(height, width):
 def seconds(function, repeats=3):
     """The least wall-clock time of some calls after a first one: what the machine can do, less what disturbs it."""
 
-    def call():
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def timer():
+        torch.cuda.is_available() and torch.cuda.synchronize()
+        return time.perf_counter()
 
-    return min(timeit.repeat(call, number=1, repeat=repeats + 1)[1:])
+    return min(timeit.repeat(function, number=1, repeat=repeats + 1, timer=timer)[1:])
 
 
 def peak_memory():
@@ -972,7 +915,7 @@ def bench_graph(n, device):
     column[f"{name}: plain autograd, x ours"] = seconds(epoch, 1) / ours
     u.MaskedAttention.apply = blockwise
     with contextlib.suppress(ImportError):  # a column without it, where it is not installed
-        if n <= MOST_GEOMETRIC:
+        if n <= 784:  # for the memory
             use_geometric(network, adjacency)
             optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
             column[f"{name}: torch_geometric, x ours"] = seconds(epoch, 1) / ours
@@ -1007,9 +950,7 @@ def bench_refinement(megapixels, device):
 
 def bench(argv):
     """`python eval.py bench`: print what each stage costs on this machine. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py bench", description="Time the stages on a drawn image, no files needed."
-    )
+    parser = argparse.ArgumentParser("eval.py bench", description="Time the stages on a drawn image, no files needed.")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--quick", action="store_true", help="only the smallest sizes")
     options = parser.parse_args(argv)
