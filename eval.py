@@ -531,18 +531,16 @@ def begin_csv(path, fingerprints):
     A line that a kill has cut short is taken off. fingerprints: {row: the settings' digest}. Raises ValueError for
     another program's file, and where a row was made with other settings.
     """
-    header = (",".join(COLUMNS) + "\n").encode()
-    with open(path, "a+b") as file:
-        file.seek(0)
-        content = file.read()
-        if content[: len(header)] != header[: len(content)]:
-            raise ValueError(f"{path}: its columns are not those of this program; write to another file")
-        content = content[: content.rfind(b"\n") + 1]
-        file.truncate(len(content))
-        if not content:
-            file.write(header)
+    header, text = ",".join(COLUMNS) + "\n", ""
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if text[: len(header)] != header[: len(text)]:
+        raise ValueError(f"{path}: its columns are not those of this program; write to another file")
+    text = text[: text.rfind("\n") + 1] or header
+    with u.whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
     done = {}
-    for line in csv.DictReader(io.StringIO(content.decode(), newline="")):
+    for line in csv.DictReader(io.StringIO(text)):
         row = line["method"]
         if row in fingerprints and line["settings"] != fingerprints[row]:
             raise ValueError(f"{path}: holds {row} with other settings; give the same ones, or another file")
@@ -645,22 +643,6 @@ OFFICIAL = u.PRESETS["paper"] | {"tau": 0.35, "stride": 4, "heads": 1, "widths":
                                  "epochs": 55, "resolution": 0.5, "balance": 2 * 2**-0.25, "squash": True}  # fmt: skip
 
 
-def named_folder(text):
-    """("name", Path) from "name=folder"."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder) or name in METHODS:
-        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, the name not that of a method here; got {text!r}")
-    return name, Path(folder)
-
-
-def regular_expression(text):
-    """A regular expression, for argparse."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="eval.py",
@@ -674,7 +656,7 @@ def build_parser():
     add("--protocol", choices=PROTOCOLS, default="blind", help="default blind; see below")
     add("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="A,B",
         help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
-    add("--predictions", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
+    add("--predictions", type=lambda text: text.partition("=")[::2], action="append", default=[], metavar="NAME=FOLDER",
         help="also score these masks, made elsewhere; may be given several times")  # fmt: skip
     add("--preset", choices=["official", *u.PRESETS],
         help="the authors' code's settings, or the paper's; other flags still count")  # fmt: skip
@@ -686,7 +668,7 @@ def build_parser():
         "backbone's place; says what a backbone that knows the object would give")  # fmt: skip
     add("--tolerance", default="2%", help="of the surface Dice: 2%% of the diagonal (default), or 5px")
     add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the list")
-    add("--group-by", type=regular_expression, metavar="REGEX",
+    add("--group-by", metavar="REGEX",
         help="its first group in an image's name is the image's group, as ^(s\\d+)_ for sequences: adds means of the "
         "groups' means, and the intervals resample groups")  # fmt: skip
     add("--reference", choices=REFERENCES, help="add the paper's published rows")
@@ -704,8 +686,11 @@ def build_parser():
 def check(options):
     """Raise ValueError for wrong use that can be told before any work."""
     unknown = [name for name in options.methods if name not in METHODS]
+    names = [name for name, folder in options.predictions if folder]
     for wrong, message in [
         (unknown, f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}"),
+        (len({*names} - {"", *METHODS}) < len(options.predictions),
+         "--predictions must be NAME=FOLDER, each name another and none that of a method"),
         (options.jitter < 0, "--jitter must be at least 0"),
         (options.jitter and options.protocol not in ("point", "box"), "--jitter needs --protocol point or box"),
         (options.plant is not None and not 0 <= options.plant < math.inf, "--plant needs a noise of at least 0"),
@@ -714,7 +699,6 @@ def check(options):
         (options.squash and options.protocol in ("point", "box"),
          "--squash would distort what is given: add --no-squash"),
         (options.limit is not None and options.limit < 1, "--limit must be at least 1"),
-        (options.group_by and options.group_by.groups < 1, "--group-by needs a group in parentheses, as ^(s\\d+)_"),
         (options.resume and not options.csv, "--resume needs the --csv FILE to go on with"),
         (options.csv and options.csv.exists() and not options.resume,
          f"{options.csv}: exists; add --resume to go on with it, or name another file"),
@@ -793,12 +777,14 @@ def report(run, summary, count, groups):
 
 
 def labels_of(stems, pattern):
-    """The group of each image. Raises ValueError for one that the pattern does not fit."""
-    matches = [pattern.search(stem) for stem in stems]
-    for stem, match in zip(stems, matches):
-        if not match or match[1] is None:
-            raise ValueError(f"--group-by {pattern.pattern}: does not fit the image {stem}")
-    return [match[1] for match in matches]
+    """The group of each image. Raises ValueError for a pattern without a group, or an image that it does not fit."""
+    labels = []
+    for stem in stems:
+        try:
+            labels.append(re.search(pattern, stem).expand(r"\1"))
+        except (re.error, AttributeError):
+            raise ValueError(f"--group-by {pattern}: no regular expression with a group ( ) that fits {stem}") from None
+    return labels
 
 
 def run_evaluation(options):
@@ -821,7 +807,7 @@ def run_evaluation(options):
         backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
-    predictions = {name: by_stem(files_below(folder), True) for name, folder in options.predictions}
+    predictions = {name: by_stem(files_below(Path(folder)), True) for name, folder in options.predictions}
     run = Run(options, config, backbone, device, {name: METHODS[name] for name in options.methods}, predictions)
     rows = [*run.methods, *predictions, LOCATED, *free_rows(options.protocol, (1, 1), (0, 0, 1, 1))]
     scores = score_all(pairs, rows, run)

@@ -1144,7 +1144,9 @@ def test_the_point_is_in_the_object_and_moves_by_no_more_than_the_jitter():
     "flags, says",
     [("--methods sam", "there is no sam"), ("--jitter 3", "--protocol point or box"), ("--plant nan", "at least 0"),
      ("--plant 1 --backbone dino", "stands in for the backbone"), ("--resume", "--csv"), ("--tolerance 2", "tolerance"),
-     ("--limit 0", "--limit"), ("--tau 2", "tau"), ("--group-by (x)", "does not fit")],
+     ("--limit 0", "--limit"), ("--tau 2", "tau"), ("--group-by (x)", "that fits s0_1"),
+     ("--group-by s", "--group-by s: no"), ("--group-by (", "a group"), ("--predictions sam", "NAME=FOLDER"),
+     ("--predictions dsm=x", "NAME=FOLDER"), ("--predictions a=x --predictions a=y", "each name another")],
 )  # fmt: skip
 def test_wrong_use_of_the_evaluator(score, caplog, flags, says):
     assert score(*flags.split())[0] == 2 and says in caplog.messages[-1]
