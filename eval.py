@@ -733,12 +733,11 @@ def score_all(pairs, rows, run):
     scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
     if "unsegmedgatc" in rows and (options.sheet or any("unsegmedgatc" in missing for missing in todo.values())):
-
-        def scene(stem):  # of all the images and from the start, so that --resume changes nothing
-            return Scene(stem, pairs[stem], run).look()[1:]
-
-        images, quiet = [*enumerate(pairs)][rank::world], options.quiet or rank > 0
-        shared = u.shared_parameters(images, scene, run.config, run.device, quiet)
+        scenes = []  # of all the images and from the start, so that --resume changes nothing
+        for stem, paths in pairs.items():
+            with contextlib.suppress(Exception):  # of which the image's own turn will tell
+                scenes.append([x.cpu() for x in Scene(stem, paths, run).look()[1:]])
+        shared = u.fit_collective(scenes, run.config, run.device, options.quiet or rank > 0)
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
     share, ours = list(todo)[rank::world], {}
     bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
@@ -962,8 +961,7 @@ def main(argv=None):
         if argv[:1] == ["bench"]:
             return bench(argv[1:])
         options = u.parse_options(build_parser(), argv, u.PRESETS | {"official": OFFICIAL})
-        with u.ranks():
-            return run_evaluation(options)
+        return run_evaluation(options)
 
     return u.exit_code(program, "with --csv, --resume goes on from here")
 

@@ -1252,35 +1252,6 @@ def gather(value):
     return values
 
 
-@contextlib.contextmanager
-def ranks():
-    """`rank_and_world` under torchrun, whose processes share the images."""
-    if "LOCAL_RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        distributed.init_process_group(timeout=timedelta(days=1))  # they wait for the slowest; torchrun minds the dead
-    try:
-        yield rank_and_world()
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def shared_parameters(images, scene, config, device, quiet):
-    """The first phase of UnSegMedGATc: what `fit` takes as `shared`.
-
-    images: pairs (number, image), this rank's; those of the others count as well, in the order of the numbers.
-    scene: a function of an image to f (N,C) and the weights (N,) of its nodes. Where it fails, the image has no say.
-    """
-    scenes = {}
-    for number, image in images:
-        with contextlib.suppress(Exception):  # of which the image's own turn will tell
-            scenes[number] = [tensor.cpu() for tensor in scene(image)]
-    for part in gather(scenes):  # every rank takes all the steps, so that all have the same parameters
-        scenes |= part
-    return fit_collective([scenes[number] for number in sorted(scenes)], config, device, quiet)
-
-
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
     if options.workers < 0:
@@ -1289,38 +1260,37 @@ def run(options):
     for name, count in ("box", 4), ("point", 2):
         if hints[name] and len(hints[name]) != count:
             raise ValueError(f"--{name} needs {count} whole numbers with commas between")
-    config, plan = config_from(options), plan_outputs(options)
-    with ranks() as (rank, world):
-        share = [*enumerate(plan, 1)][rank::world]
-        todo = [(number, (image, outputs)) for number, (image, outputs) in share
-                if not (options.skip_existing and all(path.exists() for path in outputs.values()))]  # fmt: skip
-        if len(todo) < len(share) and not options.quiet:
-            print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
-        if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
-            return 0
-        device = pick_device(options.device)
-        backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
-        if len(set(gather(backbone.name))) > 1:
-            raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
-        how = hints | {"device": device, "backbone": backbone}
-        if config.collective:  # over all the images, so that going on after an interruption changes nothing
-
-            def scene(task):
-                return look(load_image(task[0]), config, backbone, device, **hints)[1:]
-
-            how["shared"] = shared_parameters(share, scene, config, device, options.quiet or rank > 0)
-        cores = torch.get_num_threads()
-        workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
-        failures = []
-        with worker_map(workers, len(plan)) as in_order:
-            done = in_order(lambda item: segment_to_files(*item[1], config, how, options.verbose), todo)
-            for (number, (image, outputs)), (said, why) in zip(todo, done):
-                if why:
-                    failures.append(image)
-                    log.error("%s: %s", image, why)
-                elif not options.quiet:
-                    print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
-        failures = sum(gather(failures), [])
+    config, plan, (rank, world) = config_from(options), plan_outputs(options), rank_and_world()
+    share = [*enumerate(plan, 1)][rank::world]
+    todo = [(number, (image, outputs)) for number, (image, outputs) in share
+            if not (options.skip_existing and all(path.exists() for path in outputs.values()))]  # fmt: skip
+    if len(todo) < len(share) and not options.quiet:
+        print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
+    if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
+        return 0
+    device = pick_device(options.device)
+    backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+    if len(set(gather(backbone.name))) > 1:
+        raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
+    how = hints | {"device": device, "backbone": backbone}
+    if config.collective:  # over all the images on every rank, so that all have the same parameters, always
+        scenes = []
+        for image, _ in plan:
+            with contextlib.suppress(Exception):  # of which the image's own turn will tell
+                scenes.append([x.cpu() for x in look(load_image(image), config, backbone, device, **hints)[1:]])
+        how["shared"] = fit_collective(scenes, config, device, options.quiet or rank > 0)
+    cores = torch.get_num_threads()
+    workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
+    failures = []
+    with worker_map(workers, len(plan)) as in_order:
+        done = in_order(lambda item: segment_to_files(*item[1], config, how, options.verbose), todo)
+        for (number, (image, outputs)), (said, why) in zip(todo, done):
+            if why:
+                failures.append(image)
+                log.error("%s: %s", image, why)
+            elif not options.quiet:
+                print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
+    failures = sum(gather(failures), [])
     if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
         return 0
     if failures and len(plan) > 1:
@@ -1329,10 +1299,17 @@ def run(options):
 
 
 def exit_code(program, advice):
-    """What program() returns; or 2 after an error, which is said in one line, and 130 after an interrupt."""
+    """What program() returns; or 2 after an error, which is said in one line, and 130 after an interrupt.
+
+    Under torchrun its processes are connected meanwhile, to share the images: see `rank_and_world`.
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own limit
     try:
+        if "LOCAL_RANK" in os.environ:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            distributed.init_process_group(timeout=timedelta(days=1))  # for the slowest; torchrun minds the dead
         return program()
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", reason(error))
@@ -1340,6 +1317,9 @@ def exit_code(program, advice):
     except KeyboardInterrupt:
         log.error("interrupted; %s", advice)
         return 130
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def main(argv=None):
