@@ -53,9 +53,7 @@ import unsegmedgat as u
 log = logging.getLogger("eval")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Methods: (features X (N,C), adjacency A (N,N), config) -> assignment (N,K), rows summing to 1
-# ---------------------------------------------------------------------------------------------------------------
+# Methods: (features X (N,C), adjacency A (N,N), config) -> assignment (N,K), rows summing to 1 -----------------
 
 
 def unsegmedgat(features, adjacency, config, shared=None):
@@ -190,9 +188,7 @@ METHODS = {  # one more line adds a method
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Beside the methods: rows that cost nothing, and the features of a backbone that knows the object
-# ---------------------------------------------------------------------------------------------------------------
+# Beside the methods: rows that cost nothing, and the features of a backbone that knows the object --------------
 
 LOCATED = "located place"  # the disc itself in a clustering's place: what the graph adds is the difference to it
 
@@ -249,9 +245,7 @@ def plant(truth, noise, seed):
     return u.Backbone(f"planted, noise {noise:g}", extract)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------------------------
+# Metrics -------------------------------------------------------------------------------------------------------
 
 METRICS = ("iou", "dice", "precision", "recall", "hd95", "nsd")
 WORST = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # of an image that failed
@@ -309,9 +303,7 @@ def interval(values, groups=None, seed=0, resamples=2000):
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images and masks on disk
-# ---------------------------------------------------------------------------------------------------------------
+# Images and masks on disk --------------------------------------------------------------------------------------
 
 MASK_SUFFIX = re.compile(r"_(segmentation|lesion|mask)$", re.IGNORECASE)
 
@@ -394,9 +386,7 @@ def jittered(hint, jitter, shape, seed):
     return tuple(moved.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Prediction under a protocol
-# ---------------------------------------------------------------------------------------------------------------
+# Prediction under a protocol -----------------------------------------------------------------------------------
 
 PROTOCOLS = {
     "blind": "the whole image; no ground truth reaches a method",
@@ -518,9 +508,7 @@ def evaluate(stem, paths, rows, run):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scores on disk, and what is made of them
-# ---------------------------------------------------------------------------------------------------------------
+# Scores on disk, and what is made of them ----------------------------------------------------------------------
 
 COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 
@@ -631,10 +619,7 @@ def contact_sheet(pairs, scores, row, run, columns=4):
     return u.side_by_side(tiles, columns)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
-
+# Command line --------------------------------------------------------------------------------------------------
 
 # The authors' published code with its ISIC settings (for ColonDB, --tau 0.5; for K clusters, --balance 2 / K^(1/4)).
 # Not copied are its dropout, its extra edge term in the attention, its division of the graph by the maximum, and its
@@ -827,9 +812,7 @@ def run_evaluation(options):
     return 1 if any(entry["failed"] for entry in summary.values()) else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Benchmark
-# ---------------------------------------------------------------------------------------------------------------
+# Benchmark -----------------------------------------------------------------------------------------------------
 
 SIZES = {784: (224, 8), 3025: (224, 4)}  # N: (size, stride)
 MEGAPIXELS = (1, 3, 12)

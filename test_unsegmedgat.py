@@ -80,9 +80,7 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------
+# Settings ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,9 +112,7 @@ def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_th
     assert "--weight-decay" in text and "default 60 [paper, section III]" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Graph, eq. (1); attention, eqs. (2) to (4); network, eq. (5)
-# ---------------------------------------------------------------------------------------------------------------
+# Graph, eq. (1); attention, eqs. (2) to (4); network, eq. (5) --------------------------------------------------
 
 
 def test_graph_is_the_thresholded_cosine_times_the_weights_of_both_nodes():
@@ -176,9 +172,7 @@ def test_network_is_equation_5(name, activation):
     torch.testing.assert_close(network(x, a), network.second(first + second).softmax(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loss, eqs. (6) to (8), and the fit
-# ---------------------------------------------------------------------------------------------------------------
+# Loss, eqs. (6) to (8), and the fit ----------------------------------------------------------------------------
 
 
 def test_loss_is_equation_8_with_b_formed_and_its_first_term_the_modularity_of_networkx():
@@ -267,9 +261,7 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
     torch.testing.assert_close(shared, kept)  # each image starts from the same parameters
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------
+# Features ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride, h, w", [(8, 4, 4), (8, 3, 6), (4, 5, 11), (2, 9, 21)])
@@ -310,9 +302,7 @@ def view_of(rgb, window=None, place=None, box=False, stride=8):
     return u.View(rgb, window, image, grid, stride, valid, place, box)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ours: where the object is, and what it looks like
-# ---------------------------------------------------------------------------------------------------------------
+# Ours: where the object is, and what it looks like -------------------------------------------------------------
 
 
 def test_even_light_takes_out_strong_light_but_no_mild_light_no_dark_middle_and_no_object():
@@ -396,9 +386,7 @@ def test_a_view_knows_its_patches_and_place_and_their_weights(stride):
     assert np.array_equal(u.node_weights(view, 0), valid.ravel())  # as in the paper
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights
-# ---------------------------------------------------------------------------------------------------------------
+# Weights -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -508,9 +496,7 @@ def test_a_whole_run_on_dino_weights_from_a_file(dino_files, tmp_path, photo, ca
     assert "backbone dino" in capsys.readouterr().out and Image.open(out).size == (128, 96)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Bilateral solver
-# ---------------------------------------------------------------------------------------------------------------
+# Bilateral solver ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -580,9 +566,7 @@ def test_bilateral_needs_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=HERE)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images, and from assignment to mask
-# ---------------------------------------------------------------------------------------------------------------
+# Images, and from assignment to mask ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -725,9 +709,7 @@ def test_any_backbone_decides_what_is_found_and_a_fit_without_communities_is_sai
         assert not alike.mask.any() and not alike.labels.any() and (alike.assignment == 0.5).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# Command line --------------------------------------------------------------------------------------------------
 
 
 def test_the_readme_command_as_a_user_types_it(tmp_path, photo):
@@ -906,9 +888,7 @@ def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, pho
     assert "No space left" in caplog.messages[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluator
-# ---------------------------------------------------------------------------------------------------------------
+# Evaluator -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -50,9 +50,7 @@ MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a
 MAX_NODES = 50_000  # larger graphs are refused: A alone would take over 10 GB
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------
+# Settings ------------------------------------------------------------------------------------------------------
 
 
 def setting(default, help, source, low=0, high=math.inf, choices=None):
@@ -118,9 +116,7 @@ PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "epsilon": 1
                      "smoothness": 256.0, "contour": 0.0}}  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------
+# Images --------------------------------------------------------------------------------------------------------
 
 
 class ImageError(ValueError):
@@ -201,9 +197,7 @@ def upsample(values, stride, shape, size):
     return np.stack([rows @ values[..., k] @ columns.T for k in range(values.shape[2])], axis=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Features: the keys of DINO's last block
-# ---------------------------------------------------------------------------------------------------------------
+# Features: the keys of DINO's last block -----------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -329,9 +323,7 @@ def load_dino(weights=None, branch="teacher", progress=True):
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Graph, eq. (1)
-# ---------------------------------------------------------------------------------------------------------------
+# Graph, eq. (1) ------------------------------------------------------------------------------------------------
 
 
 def build_graph(features, tau, weights=None):
@@ -345,10 +337,7 @@ def build_graph(features, tau, weights=None):
     return adjacency if weights is None else adjacency.mul_(weights).mul_(weights[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Graph attention, eqs. (2) to (4)
-# ---------------------------------------------------------------------------------------------------------------
-
+# Graph attention, eqs. (2) to (4) ------------------------------------------------------------------------------
 
 SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 
@@ -437,10 +426,7 @@ class GraphAttention(nn.Module):
         return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Network, eq. (5)
-# ---------------------------------------------------------------------------------------------------------------
-
+# Network, eq. (5) ----------------------------------------------------------------------------------------------
 
 NEARLY_ALIKE = 0.01  # what the last layer's first parameters are multiplied by
 
@@ -480,9 +466,7 @@ class UnSegMedGAT(nn.Module):
         return self.second(total).softmax(dim=1)  # C: (N,K)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loss, eqs. (6) to (8), and the fit
-# ---------------------------------------------------------------------------------------------------------------
+# Loss, eqs. (6) to (8), and the fit ----------------------------------------------------------------------------
 
 
 def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
@@ -589,9 +573,7 @@ def fit_collective(images, config=Config(), device="cpu", quiet=True):
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ours, not the paper's: a window of the photograph, in even light
-# ---------------------------------------------------------------------------------------------------------------
+# Ours, not the paper's: a window of the photograph, in even light ----------------------------------------------
 
 
 def rgb_to_lab(image):
@@ -712,9 +694,7 @@ class View:
         return (rho <= rho.min().clamp(min=1)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ours: features without learned weights, and the choice of a backbone
-# ---------------------------------------------------------------------------------------------------------------
+# Ours: features without learned weights, and the choice of a backbone ------------------------------------------
 
 CHROMA, FLAT = 1.5, 20  # beside lightness; and grey levels, the length of a constant feature
 
@@ -774,9 +754,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
     return Backbone("dino", extract)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Ours: where the object is, roughly
-# ---------------------------------------------------------------------------------------------------------------
+# Ours: where the object is, roughly ----------------------------------------------------------------------------
 
 RADII = np.geomspace(0.07, 0.65, 16)  # of the discs that are tried, of the shorter side
 POWER, CLICK_POWER = 0.6, 0.4  # of the radius in a disc's score: larger discs are preferred, less so where one clicked
@@ -875,9 +853,7 @@ def node_weights(view, width):
     return (fade * view.allowed(view.stride)).flatten()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From photograph to mask
-# ---------------------------------------------------------------------------------------------------------------
+# From photograph to mask ---------------------------------------------------------------------------------------
 
 
 def clean_mask(mask, components):
@@ -1001,10 +977,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     return Segmentation(*outcome, view, features, modularity, history, backbone.name, seconds)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------
-
+# Pictures ------------------------------------------------------------------------------------------------------
 
 TINT = (0, 200, 120)
 PALETTE = (0, 0, 0, 0, 200, 120, 240, 200, 0, 60, 120, 240, 230, 60, 60, 160, 80, 200, 0, 200, 220, 250, 130, 180)
@@ -1072,10 +1045,7 @@ def explain(result, config):
     return side_by_side(tiles, len(tiles))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
-
+# Command line --------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
 
@@ -1097,7 +1067,7 @@ KINDS = {  # of output: what it is, and the PIL image of a Segmentation; the mas
 
 
 def whole_numbers(text):
-    """"1,2,3" as a tuple."""
+    """ "1,2,3" as a tuple."""
     return tuple(int(number) for number in text.split(","))
 
 
