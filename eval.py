@@ -717,7 +717,8 @@ def score_all(pairs, rows, run):
     # The first rank reads for all, so that none writes before.
     scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
-    if "unsegmedgatc" in rows and (options.sheet or any("unsegmedgatc" in missing for missing in todo.values())):
+    drawn = [rows[0]] if options.sheet else []
+    if any("unsegmedgatc" in missing for missing in [drawn, *todo.values()]):
         scenes = []  # of all the images and from the start, so that --resume changes nothing
         for stem, paths in pairs.items():
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
@@ -786,7 +787,7 @@ def run_evaluation(options):
         pairs = {stems[i]: pairs[stems[i]] for i in spread}
     labels = labels_of(pairs, options.group_by) if options.group_by else None
     if options.plant is None:
-        backbone = u.load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+        backbone = u.backbone_from(options, device)
     else:  # of each image its own: see `frame`
         backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":

@@ -1222,6 +1222,14 @@ def gather(value):
     return values
 
 
+def backbone_from(options, device):
+    """The Backbone that parsed flags ask for. Raises ValueError where the ranks of a run have different ones."""
+    backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+    if len(set(gather(backbone.name))) > 1:
+        raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
+    return backbone
+
+
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
     if options.workers < 0:
@@ -1239,9 +1247,7 @@ def run(options):
     if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
         return 0
     device = pick_device(options.device)
-    backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
-    if len(set(gather(backbone.name))) > 1:
-        raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
+    backbone = backbone_from(options, device)
     how = hints | {"device": device, "backbone": backbone}
     if config.collective:  # over all the images on every rank, so that all have the same parameters, always
         scenes = []
