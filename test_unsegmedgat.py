@@ -26,6 +26,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from torch import nn
+from torchvision.transforms.functional import normalize
 
 import bilateral
 import eval as evaluator
@@ -487,6 +488,14 @@ def test_auto_falls_back_with_one_clear_line_and_dino_never_does(tmp_path, monke
     monkeypatch.setattr(u, "fetch_dino", lambda *_: pytest.fail("builtin must not try the network"))
     assert u.load_backbone("builtin", None, "teacher", "cpu").name == "builtin"
     u.load_backbone.cache_clear()
+
+
+def test_dino_gets_the_window_normalised_as_for_imagenet(dino_files):
+    view = view_of(lesion()[0], window=(16, 24, 80, 128))
+    image = normalize(view.image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+    expected = u.load_dino(dino_files[0] / "backbone.pth").keys(image)[0]
+    backbone = u.load_backbone("dino", dino_files[0] / "backbone.pth")
+    torch.testing.assert_close(backbone.extract(view), expected)
 
 
 def test_a_whole_run_on_dino_weights_from_a_file(dino_files, tmp_path, photo, capsys):
