@@ -131,7 +131,7 @@ def reason(error):
 def load_image(source):
     """Read any still image as RGB: uint8 (H,W,3), turned upright by its EXIF orientation.
 
-    source: a path, a PIL image, or an array (H,W) or (H,W,3) of uint8. More than 8 bits a channel are scaled by
+    source: a path, a PIL image, or an array (H,W) or (H,W,3) of uint8. Grey of more than 8 bits is scaled by
     the image's own range, transparency is laid on white. Raises ImageError for whatever is not one still image.
     """
     if isinstance(source, np.ndarray):
@@ -200,31 +200,25 @@ def upsample(values, stride, shape, size):
 # Features: the keys of DINO's last block -----------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, named as DINO names it."""
+class Block(nn.Module):
+    """A transformer block with multi-head self-attention, its parameters named as DINO names them."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):  # (B,T,C), T tokens
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B,H,T,C/H)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,C/H), with no T x T matrix in memory
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B,T,C)
-
-
-class Block(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
+    def qkv(self, x):
+        """Queries, keys and values of T tokens, before the split into heads: (B,T,C) -> (B,T,3C)."""
+        return self.attn["qkv"](self.norm1(x))
+
     def forward(self, x):  # (B,T,C)
-        x = x + self.attn(self.norm1(x))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B,H,T,C/H)
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,C/H), with no T x T matrix in memory
+        x = x + self.attn["proj"](attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -257,10 +251,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], dim=1)  # (B,1+N,C)
         for block in self.blocks[:-1]:
             x = block(x)
-        last = self.blocks[-1]  # of which only the keys are computed: the middle third of qkv
-        _, weight, _ = last.attn.qkv.weight.chunk(3)
-        _, bias, _ = last.attn.qkv.bias.chunk(3)
-        return F.linear(last.norm1(x), weight, bias)[:, 1:]  # (B,N,C), without the class token
+        _, keys, _ = self.blocks[-1].qkv(x).chunk(3, dim=2)  # the last block's keys
+        return keys[:, 1:]  # (B,N,C), without the class token
 
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
@@ -365,7 +357,7 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D), D = out/H
         # Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1, (H,N) each. Products of two below e^-40 would
-        # be denormal numbers, on which a CPU takes many times longer.
+        # be denormal numbers, on which a CPU takes many times longer: what is so much less than the largest is alike.
         top = t.amax(1, keepdim=True)
         high, low = s + top, t - top
         shift = F.leaky_relu(high, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
@@ -420,7 +412,7 @@ class GraphAttention(nn.Module):
         h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
         s = torch.einsum("hnd,hd->hn", h, self.a_src)
         t = torch.einsum("hnd,hd->hn", h, self.a_dst)
-        gathered = MaskedAttention.apply(h, s, t, adjacency.to(h))  # the sum of eq. (3): (H,N,out/H)
+        gathered = MaskedAttention.apply(h, s, t, adjacency)  # the sum of eq. (3): (H,N,out/H)
         if self.residual:
             gathered = gathered + h
         return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
@@ -668,29 +660,28 @@ class View:
     place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
     box: bool = False  # whether the user has drawn the place as a box
 
-    def centres(self, stride):
-        """Centres of the patches every `stride` px of the resized window: (h,1) and (1,w), in px of the photograph."""
-        y0, x0, y1, x1 = self.window
+    def centres(self):
+        """Centres of the patches: (h,1) and (1,w), in px of the photograph."""
+        (y0, x0, y1, x1), (h, w) = self.window, self.grid
         s, t = self.image.shape[1:]
-        rows = torch.arange((s - PATCH) // stride + 1) * stride + PATCH / 2
-        columns = torch.arange((t - PATCH) // stride + 1) * stride + PATCH / 2
+        rows, columns = (torch.arange(n) * self.stride + PATCH / 2 for n in (h, w))
         return rows[:, None] * ((y1 - y0) / s) + y0, columns[None] * ((x1 - x0) / t) + x0
 
-    def allowed(self, stride):
+    def allowed(self):
         """The patches (h,w), 0 or 1, in the field of view."""
-        y, x = self.centres(stride)
+        y, x = self.centres()
         rows = (y[:, 0] * (self.valid.shape[0] / self.rgb.shape[0])).long()
         return self.valid[rows][:, (x[0] * (self.valid.shape[1] / self.rgb.shape[1])).long()]
 
-    def rho(self, stride):
+    def rho(self):
         """Distances of the patches from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
-        y, x = self.centres(stride)
+        y, x = self.centres()
         cy, cx, ry, rx = self.place
         return torch.hypot((y - cy) / ry, (x - cx) / rx)
 
     def core(self):
         """The nodes (h,w), 0 or 1, that are mostly object: those in the ellipse of the place, at least one."""
-        rho = self.rho(self.stride)
+        rho = self.rho()
         return (rho <= rho.min().clamp(min=1)).float()
 
 
@@ -706,9 +697,9 @@ def builtin_descriptors(view):
     of the background's colour alike whatever the noise in them, and lets large deviations saturate: the cosine of
     eq. (1) sees angles, here of the colours beside 20 grey levels.
     """
-    allowed = view.allowed(PATCH)
-    background = view.rho(PATCH) > 1 if view.place else border_weight(*allowed.shape)
-    lab = even_light(rgb_to_lab(view.image), background * allowed + 1e-3)
+    cells = dataclasses.replace(view, stride=PATCH, grid=tuple(side // PATCH for side in view.image.shape[1:]))
+    background = cells.rho() > 1 if view.place else border_weight(*cells.grid)
+    lab = even_light(rgb_to_lab(view.image), background * cells.allowed() + 1e-3)
     colours = F.avg_pool2d(lab, PATCH, view.stride).flatten(1).T  # (N,3)
     return torch.cat([colours * torch.tensor([1, CHROMA, CHROMA]), torch.full((len(colours), 1), float(FLAT))], dim=1)
 
@@ -721,8 +712,18 @@ class Backbone:
     extract: Callable  # View -> (N,C), row-major over its grid; they need not be normalised
 
 
+def pick_device(device):
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(torch.device(device).type, False):
+        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
 @functools.lru_cache(maxsize=1)
-def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu", progress=True):
+def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
     """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
 
     Falls back only for "auto" without `weights`, and says so. The last one loaded is kept. Raises as load_dino, and
@@ -735,8 +736,9 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
         if weights:
             raise ValueError("weights are for the dino backbone: leave them out with builtin")
         return colours
+    device = pick_device(device)
     try:
-        model = load_dino(weights, branch, progress).to(device)
+        model = load_dino(weights, branch, progress)
     except (OSError, RuntimeError) as error:
         if backbone == "dino" or weights:
             raise
@@ -745,11 +747,11 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="cpu",
             "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
         )  # fmt: skip
         return colours
+    model.to(device)
 
     def extract(view):
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
-        with torch.no_grad():
-            return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
+        return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
 
     return Backbone("dino", extract)
 
@@ -817,6 +819,7 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     Raises ValueError for a box or point not in the image, or both.
     """
     height, width = rgb.shape[:2]
+    box, point = (None if hint is None else tuple(hint) for hint in (box, point))
     x0, y0, x1, y1 = box or (*point, point[0] + 1, point[1] + 1) if box or point else (0, 0, width, height)
     if box and point:
         raise ValueError("a box tells the place already: leave the point out")
@@ -829,16 +832,20 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
         image, grid = resize_image(rgb[top:bottom, left:right], config.size, stride)
         valid = field_of_view(image) if valid is None else valid
         view = View(rgb, window, image, grid, stride, valid, place, bool(box))
-        return view, F.normalize(backbone.extract(view).to(device), dim=1)
+        with torch.no_grad():
+            features = backbone.extract(view).to(device, torch.float32)
+        if len(features) != math.prod(grid):
+            raise ValueError(f"backbone {backbone.name} gives {len(features)} features for {math.prod(grid)} patches")
+        return view, F.normalize(features, dim=1)
 
     if box:
         place, valid = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), torch.ones(1, 1)
         reach = [half + max(RING, 0.6 * half) for half in place[2:]]
     else:
-        whole, features = see((0, 0, height, width), PATCH)
-        cell_y, cell_x, valid = height / whole.grid[0], width / whole.grid[1], whole.valid
+        view, features = see((0, 0, height, width), PATCH)
+        cell_y, cell_x, valid = height / view.grid[0], width / view.grid[1], view.valid
         given = point and ((y0 + 0.5) / cell_y - 0.5, (x0 + 0.5) / cell_x - 0.5)
-        row, column, radius = locate(features.cpu().unflatten(0, whole.grid), valid, given)
+        row, column, radius = locate(features.cpu().unflatten(0, view.grid), valid, given)
         place = (row + 0.5) * cell_y, (column + 0.5) * cell_x, radius * cell_y, radius * cell_x
         reach = [max(PATCH, config.window * half) for half in place[2:]]  # at least one patch, in a corner too
     (y, x), (dy, dx) = place[:2], reach
@@ -847,10 +854,10 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     return view, features, node_weights(view, config.prior).to(device)
 
 
-def node_weights(view, width):
-    """How much each patch in the field of view matters (N,): ever less from `width` radii of the place on; 0: alike."""
-    fade = torch.exp(-((view.rho(view.stride) / width) ** 4) / 2) if width else torch.ones(view.grid)
-    return (fade * view.allowed(view.stride)).flatten()
+def node_weights(view, prior):
+    """How much each patch in the field of view matters (N,): ever less from `prior` radii of the place on; 0: alike."""
+    fade = torch.exp(-((view.rho() / prior) ** 4) / 2) if prior else torch.ones(view.grid)
+    return (fade * view.allowed()).flatten()
 
 
 # From photograph to mask ---------------------------------------------------------------------------------------
@@ -893,8 +900,8 @@ def finish(view, assignment, config):
     background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
     if view.box and background < config.clusters:  # the ellipse settles what the clusters leave open
-        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho(view.stride) / 1.05))
-    foreground = foreground * view.allowed(view.stride)
+        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho() / 1.05))
+    foreground = foreground * view.allowed()
 
     y0, x0, y1, x1 = view.window
     rgb, inside = view.rgb[y0:y1, x0:x1], np.ones((y1 - y0, x1 - x0), bool)  # H' and W', of the window
@@ -938,16 +945,6 @@ class Segmentation:
     seconds: dict  # wall-clock time of each stage
 
 
-def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError where it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(torch.device(device).type, False):
-        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-
-
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
             device="auto", shared=None, progress=False):  # fmt: skip
     """Segment one photograph: the whole method.
@@ -969,7 +966,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     clock.append(time.perf_counter())
     assignment, history, modularity = fit(features, build_graph(features, config.tau, weights), config, shared)
     if modularity < COMMUNITIES:
-        log.warning("%s: no communities are found (modularity %.4f), and so no object", name, modularity)
+        log.warning("%s: no communities are found in %d epochs, and so no object", name, len(history))
     clock.append(time.perf_counter())
     outcome = finish(view, assignment, config)
     clock.append(time.perf_counter())
@@ -1057,7 +1054,7 @@ def in_colours(labels):
     return picture
 
 
-KINDS = {  # of output: what it is, and the PIL image of a Segmentation; the mask last, whose presence says: all done
+KINDS = {  # of output: what it is, and the PIL image of a Segmentation
     "probability": ("8 bit", lambda result, _: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))),
     "labels": ("the clusters in colours", lambda result, _: in_colours(result.labels)),
     "overlay": ("the mask on the image", lambda result, _: overlay(result.view.rgb, result.mask)),
@@ -1115,8 +1112,8 @@ def build_parser():
     add_backbone_flags(parser)
     add("--preset", choices=PRESETS, help="the paper's settings from the graph on")
     add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
-    add("--workers", type=int, default=0, metavar="N", help="threads that share several images; default: one a core, "
-        "at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
+    add("--workers", type=int, default=0, metavar="N", help="threads that share several images; default: as many as "
+        "torch has, OMP_NUM_THREADS or the cores, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
     add("--quiet", action="store_true", help="only warnings and errors")
     add("--verbose", action="store_true", help="seconds of every stage")
     add_config_flags(parser)
@@ -1145,13 +1142,12 @@ def plan_outputs(options):
         images += inside
     single = output.suffix.lower() == ".png"
     if output.suffix.lower() in SUFFIXES and not (single and images == options.images[:1]):
-        raise ValueError(f"{output}: a mask's name ends in .png, and several images need a folder")
-    folder = output.parent if single else output
+        raise ValueError(f"{output}: a mask's name ends in .png; several images, or a folder of them, need a folder")
 
     kinds = [kind for kind, (what, _) in KINDS.items() if not what or getattr(options, kind)]
     plan, taken = [], {image.resolve(): "an input" for image in images}
     for image in images:
-        mask = output if single else folder / f"{image.stem}.png"
+        mask = output if single else output / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
             if path.is_dir() or path.resolve() in taken:
@@ -1160,8 +1156,7 @@ def plan_outputs(options):
                                  "choose another output, or rename an image")  # fmt: skip
             taken[path.resolve()] = f"written for {image}"
         plan.append((image, outputs))
-    if not single:
-        folder.mkdir(exist_ok=True)
+    folder = output if output.is_dir() else output.parent  # where something is to be made
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: there is no such folder, or no permission to write there")
     return plan
@@ -1192,23 +1187,6 @@ def segment_to_files(image, outputs, config, how, verbose):
     return said + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
 
 
-@contextlib.contextmanager
-def worker_map(workers, images):
-    """A `map` over images that keeps their order: in this thread for one image, else in so many threads.
-
-    Each then computes alone (torch lets go of Python's lock for its operations), as two threads that share one
-    operation wait for each other; and sums in one order give the same bytes whatever the number of workers.
-    """
-    if images == 1:
-        yield map
-        return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])  # which counts for each thread
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt only what is begun is finished
-
-
 def rank_and_world():
     """The number of this process and how many there are in a torch.distributed run; (0, 1) without one."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
@@ -1233,7 +1211,7 @@ def backbone_from(options, device):
 def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
     if options.workers < 0:
-        raise ValueError(f"--workers must be at least 1, got {options.workers}")
+        raise ValueError(f"--workers must be at least 0, got {options.workers}")
     hints = {"box": options.box, "point": options.point}
     for name, count in ("box", 4), ("point", 2):
         if hints[name] and len(hints[name]) != count:
@@ -1248,17 +1226,21 @@ def run(options):
         return 0
     device = pick_device(options.device)
     backbone = backbone_from(options, device)
+    plan[0][1]["mask"].parent.mkdir(exist_ok=True)
     how = hints | {"device": device, "backbone": backbone}
-    if config.collective:  # over all the images on every rank, so that all have the same parameters, always
+    if config.collective:  # over all the images on every rank: all have the same parameters, also after --skip-existing
         scenes = []
         for image, _ in plan:
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
                 scenes.append([x.cpu() for x in look(load_image(image), config, backbone, device, **hints)[1:]])
         how["shared"] = fit_collective(scenes, config, device, options.quiet or rank > 0)
-    cores = torch.get_num_threads()
+    cores, failures = torch.get_num_threads(), []
     workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
-    failures = []
-    with worker_map(workers, len(plan)) as in_order:
+    # Several images are shared by threads of which each computes alone (torch lets go of Python's lock), as two that
+    # share an operation wait for each other; and sums in one order give the same bytes with any number of workers.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])
+    try:
+        in_order = pool.map if len(plan) > 1 else map
         done = in_order(lambda item: segment_to_files(*item[1], config, how, options.verbose), todo)
         for (number, (image, outputs)), (said, why) in zip(todo, done):
             if why:
@@ -1266,6 +1248,8 @@ def run(options):
                 log.error("%s: %s", image, why)
             elif not options.quiet:
                 print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt only what is begun is finished
     failures = sum(gather(failures), [])
     if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
         return 0
