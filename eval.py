@@ -9,7 +9,7 @@
     python eval.py bench                                        # how fast it is on your machine; needs no images
 
 All clusterings get the same features and the same graph, and the same steps turn their clusters into masks, so a
-difference between two rows is the clustering alone; the first row is what the program makes.
+difference between two rows is the clustering alone; the row unsegmedgat is what the program makes.
 Ground truth exists in this file only.
 Shapes: B images, N = h * w patches, C features, K clusters; masks are (H,W) bool. Boxes are (x0, y0, x1, y1) px, ends
 excluded.
@@ -66,7 +66,7 @@ def kmeans(features, adjacency, config):
 
     Arthur and Vassilvitskii 2007. 10 steps are SciPy's default; 30 are past convergence here.
     """
-    x, seeds = features.cpu().numpy().astype(np.float64), range(config.seed, config.seed + 10)
+    x, seeds = features.cpu().numpy().astype(np.float64), [(config.seed + n) % 2**32 for n in range(10)]
     runs = [scipy.cluster.vq.kmeans2(x, config.clusters, iter=30, minit="++", seed=seed) for seed in seeds]
     _, labels = min(runs, key=lambda run: np.square(x - run[0][run[1]]).sum())
     return one_hot(labels, features, config)
@@ -248,7 +248,7 @@ def plant(truth, noise, seed):
 # Metrics -------------------------------------------------------------------------------------------------------
 
 METRICS = ("iou", "dice", "precision", "recall", "hd95", "nsd")
-WORST = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # of an image that failed
+WORST = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # of an image that failed, or where one mask is empty
 
 
 def metrics(mask, truth, tolerance="2%"):
@@ -347,7 +347,7 @@ def pair_files(images, masks):
     return pairs, [path for table in (image_of, mask_of) for stem, path in table.items() if stem not in pairs]
 
 
-def load_mask(path, shape=None):
+def load_mask(path, shape):
     """Read a mask: (H,W) bool, what is brighter than half of its maximum.
 
     So 0/1, 0/255, 16 bit, palettes and JPEG's ringing all do; colours count by their brightest channel, transparency as
@@ -363,7 +363,7 @@ def load_mask(path, shape=None):
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         raise u.ImageError(f"{path}: the mask cannot be read ({u.reason(error)})") from None
     values = values.max(2) if values.ndim == 3 else values
-    if shape and values.shape != tuple(shape):
+    if values.shape != tuple(shape):
         hint = ": was only one of them rotated?" if values.shape == tuple(shape)[::-1] else ""
         (h, w), (height, width) = values.shape, shape
         raise u.ImageError(f"{path}: the mask is {w} x {h}, the image {width} x {height} pixels{hint}")
@@ -419,7 +419,8 @@ class Scene:
         self.stem, self.paths, self.run = stem, paths, run
         self.rgb, self.scored, self.hint, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
         protocol, noise, seed = run.options.protocol, run.options.plant, [run.config.seed, zlib.crc32(stem.encode())]
-        # The one place where something of the ground truth goes into a prediction; the table says so.
+        # Here something of the ground truth goes into a prediction, and the table says so; in the official protocol
+        # it also chooses between a mask and its inverse.
         if protocol != "blind":
             if not self.truth.any():
                 raise u.ImageError("the ground truth is empty, so it has no place: "
@@ -439,7 +440,7 @@ class Scene:
 
     @functools.cached_property
     def truth(self):
-        """(H,W) bool, read when it is asked for: in the blind protocol, once every mask is made."""
+        """(H,W) bool, read when it is asked for: in the blind protocol by nothing that makes a mask."""
         return load_mask(self.paths[1], self.rgb.shape[:2])
 
     def squashed(self, array, method):
@@ -460,7 +461,7 @@ class Scene:
         return view, features, u.build_graph(features, self.run.config.tau, weights)
 
     def masks(self, row):
-        """What a row makes of the part that is scored: [mask (H,W)], in the official protocol in either polarity."""
+        """What a row makes of the part that is scored: [mask (H,W)]; in the official protocol, and its inverse."""
         config, predictions = self.run.config, self.run.predictions.get(row, {})
         if row in self.free:
             return [self.free[row]]
@@ -491,15 +492,16 @@ def evaluate(stem, paths, rows, run):
                 start = time.perf_counter()
                 found[row] = scene.masks(row), time.perf_counter() - start
             except Exception as error:
+                log.error("%s: %s: %s", paths[0], row, u.reason(error))
                 found[row] = error
         truth = scene.truth[scene.scored]
         if not truth.any():
             log.warning("%s: the ground truth is empty; only an empty mask scores 1, any other 0", paths[1])
     except Exception as error:
+        log.error("%s: %s", paths[0], u.reason(error))
         found = dict.fromkeys(rows, error)
     for row in rows:
         if isinstance(found[row], Exception):
-            log.error("%s: %s: %s", paths[0], row, u.reason(found[row]))
             scores[row] = WORST | {"seconds": 0.0, "error": u.reason(found[row])}
         else:
             masks, seconds = found[row]
@@ -514,27 +516,26 @@ COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 
 
 def begin_csv(path, fingerprints):
-    """{(stem, row): scores} of the rows in a CSV file that did not fail; the file gets its header, if it is new.
+    """{(stem, row): scores} of what a CSV file holds; it then holds only whole lines, and none of what failed.
 
-    A line that a kill has cut short is taken off. fingerprints: {row: the settings' digest}. Raises ValueError for
-    another program's file, and where a row was made with other settings.
+    fingerprints: {row: the settings' digest}. Raises ValueError for another program's file, and where a row was made
+    with other settings.
     """
-    header, text = ",".join(COLUMNS) + "\n", ""
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
+    header = ",".join(COLUMNS) + "\n"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if text[: len(header)] != header[: len(text)]:
         raise ValueError(f"{path}: its columns are not those of this program; write to another file")
-    text = text[: text.rfind("\n") + 1] or header
-    with u.whole(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
-    done = {}
-    for line in csv.DictReader(io.StringIO(text)):
-        row = line["method"]
-        if row in fingerprints and line["settings"] != fingerprints[row]:
+    text = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
+    lines = [line for line in csv.DictReader(io.StringIO(text)) if line["error"] == ""]
+    for row, settings in {(line["method"], line["settings"]) for line in lines}:
+        if settings != fingerprints.get(row, settings):
             raise ValueError(f"{path}: holds {row} with other settings; give the same ones, or another file")
-        if row in fingerprints and not line["error"]:
-            done[line["image"], row] = {name: float(line[name]) for name in (*METRICS, "seconds")} | {"error": ""}
-    return done
+    with u.whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    numbers = {name: float for name in (*METRICS, "seconds")} | {"error": str}
+    return {(line["image"], line["method"]): {name: of(line[name]) for name, of in numbers.items()} for line in lines}
 
 
 def summarise(scores, stems, rows, labels, seed):
@@ -672,10 +673,11 @@ def check(options):
     """Raise ValueError for wrong use that can be told before any work."""
     unknown = [name for name in options.methods if name not in METHODS]
     names = [name for name, folder in options.predictions if folder]
+    free = free_rows(options.protocol, (1, 1), (0, 0, 1, 1))
     for wrong, message in [
         (unknown, f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}"),
-        (len({*names} - {"", *METHODS}) < len(options.predictions),
-         "--predictions must be NAME=FOLDER, each name another and none that of a method"),
+        (len({*names} - {"", LOCATED, *METHODS, *free}) < len(options.predictions),
+         "--predictions must be NAME=FOLDER, each name another and none that of a row here"),
         (options.jitter < 0, "--jitter must be at least 0"),
         (options.jitter and options.protocol not in ("point", "box"), "--jitter needs --protocol point or box"),
         (options.plant is not None and not 0 <= options.plant < math.inf, "--plant needs a noise of at least 0"),
@@ -692,9 +694,14 @@ def check(options):
     ]:  # fmt: skip
         if wrong:
             raise ValueError(message)
-    for path in filter(None, (options.csv, options.json, options.sheet)):
+    outputs = [path for path in (options.csv, options.json, options.sheet) if path]
+    for path in outputs:
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: there is no such folder, or no permission to write there")
+        if path.is_dir() or outputs.count(path) > 1:
+            raise ValueError(f"{path}: is a folder, or named for two outputs; name another file")
+        if {options.images.resolve(), options.masks.resolve()} & {*path.resolve().parents}:
+            raise ValueError(f"{path}: lies among the images or masks, which are left alone; name another file")
     pixels(options.tolerance, 1)
 
 
@@ -711,9 +718,9 @@ def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
     options, (rank, world), fingerprints = run.options, u.rank_and_world(), {}
     for row in rows:  # a digest of all that its scores depend on: for the collective method these are all the images
-        extra = sorted(pairs) if row == "unsegmedgatc" else sorted(map(str, run.predictions.get(row, {}).values()))
-        text = json.dumps([settings_of(run), extra], sort_keys=True)
-        fingerprints[row] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        folders = [str(Path(folder).resolve()) for folder in (options.masks, dict(options.predictions).get(row, ""))]
+        facts = [settings_of(run), folders, sorted(pairs) if row == "unsegmedgatc" else []]
+        fingerprints[row] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     # The first rank reads for all, so that none writes before.
     scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
@@ -723,8 +730,9 @@ def score_all(pairs, rows, run):
         for stem, paths in pairs.items():
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
                 scenes.append([x.cpu() for x in Scene(stem, paths, run).look()[1:]])
-        shared = u.fit_collective(scenes, run.config, run.device, options.quiet or rank > 0)
-        run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
+        config = dataclasses.replace(run.config, collective=run.config.collective or 5)  # section III of the paper
+        shared = u.fit_collective(scenes, config, run.device, options.quiet or rank > 0)
+        run.methods["unsegmedgatc"] = lambda features, adjacency, _: unsegmedgat(features, adjacency, config, shared)
     share, ours = list(todo)[rank::world], {}
     bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
     with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8") as file:
@@ -765,17 +773,18 @@ def labels_of(stems, pattern):
     """The group of each image. Raises ValueError for a pattern without a group, or an image that it does not fit."""
     labels = []
     for stem in stems:
-        try:
-            labels.append(re.search(pattern, stem).expand(r"\1"))
-        except (re.error, AttributeError):
-            raise ValueError(f"--group-by {pattern}: no regular expression with a group ( ) that fits {stem}") from None
+        label = None
+        with contextlib.suppress(re.error, TypeError, IndexError):  # no pattern, no match, no group
+            label = re.search(pattern, stem)[1]
+        if label is None:
+            raise ValueError(f"--group-by {pattern}: no regular expression with a group ( ) that fits {stem}")
+        labels.append(label)
     return labels
 
 
 def run_evaluation(options):
     """Score what the options ask for and print the table; returns the exit code. Raises errors for wrong use."""
     check(options)
-    options.collective = options.collective or min(5, options.epochs - 1)  # of unsegmedgatc: section III of the paper
     config, device = u.config_from(options), u.pick_device(options.device)
     u.gather(None)  # no rank writes before every rank has looked what exists
     pairs, alone = pair_files(options.images, options.masks)
@@ -788,7 +797,7 @@ def run_evaluation(options):
     labels = labels_of(pairs, options.group_by) if options.group_by else None
     if options.plant is None:
         backbone = u.backbone_from(options, device)
-    else:  # of each image its own: see `frame`
+    else:  # of each image its own: see Scene
         backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
