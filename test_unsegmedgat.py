@@ -759,7 +759,7 @@ def contents(path):
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
-def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path):
+def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path, request):
     images, out = [tmp_path / f"{n:02}.png" for n in range(9)], tmp_path / "out"
     for seed in [0, *range(3, 9)]:
         Image.fromarray(lesion(seed=seed)[0]).save(images[seed])
@@ -770,6 +770,7 @@ def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path):
     command = [sys.executable, HERE / "unsegmedgat.py", *images, "-o", out, *QUICK, "--workers", "2"]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell would have it ignored
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    request.addfinalizer(process.kill)
     assert process.stdout.readline().startswith("[1/9]")
     process.send_signal(signal.SIGINT)
     for image, pipe in zip(images[1:3], pipes):
