@@ -1,6 +1,7 @@
 """Tests: each part against an independent reference, on tiny inputs. Run `python -m pytest -q`."""
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -296,12 +297,12 @@ def test_lab_of_known_colours():
     torch.testing.assert_close(u.rgb_to_lab(colours), expected, rtol=0, atol=0.05)
 
 
-def view_of(rgb, window=None, place=None, box=False, stride=8):
+def view_of(rgb, window=None, place=None, stride=8):
     """A View of a photograph, or a window of it, at its own size."""
     y0, x0, y1, x1 = window = window or (0, 0, *rgb.shape[:2])
     image, grid = u.resize_image(rgb[y0:y1, x0:x1], min(y1 - y0, x1 - x0), stride)
     valid = torch.ones(rgb.shape[0] // 8, rgb.shape[1] // 8)
-    return u.View(rgb, window, image, grid, stride, valid, place, box)
+    return u.View(rgb, window, image, grid, stride, valid, place)
 
 
 # Ours: where the object is, and what it looks like -------------------------------------------------------------
@@ -681,6 +682,16 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     boxed.probability[y0:y1, x0:x1] = boxed.labels[y0:y1, x0:x1] = 0
     assert not boxed.probability.any() and not boxed.labels.any()  # nothing outside
     assert segment(rgb, epochs=2, box=(60, 50, 61, 51)).mask.sum() <= 1
+
+
+@pytest.mark.parametrize("hint", ["box", "point"])
+def test_the_ellipse_of_a_place_that_the_user_gave_settles_what_the_clusters_leave_open(hint):
+    view = view_of(np.zeros((160, 160, 3), np.uint8), place=(80.0, 80.0, 40.0, 40.0))
+    unsure = 0.55 + 0.05 * view.core().flatten()
+    assignment, config = torch.stack([1 - unsure, unsure], dim=1), u.Config(refine=False)
+    assert u.finish(view, assignment, config)[0].all()
+    given = u.finish(dataclasses.replace(view, hint=hint), assignment, config)[0]
+    assert iou(given, disc(79.5, 79.5, 41, 160, 160)) > 0.9
 
 
 @pytest.mark.parametrize("hint", [dict(point=(128, 5)), dict(point=(-1, 5)), dict(point=(math.nan, 5)),

@@ -658,7 +658,7 @@ class View:
     stride: int  # px between patches
     valid: torch.Tensor  # (rows,columns) over the whole photograph, 0 where no object can be; all 1 for a box
     place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
-    box: bool = False  # whether the user has drawn the place as a box
+    hint: str = ""  # "box" or "point", where the user has given it
 
     def centres(self):
         """Centres of the patches: (h,1) and (1,w), in px of the photograph."""
@@ -831,7 +831,7 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
         top, left, bottom, right = window
         image, grid = resize_image(rgb[top:bottom, left:right], config.size, stride)
         valid = field_of_view(image) if valid is None else valid
-        view = View(rgb, window, image, grid, stride, valid, place, bool(box))
+        view = View(rgb, window, image, grid, stride, valid, place, "box" if box else "point" if point else "")
         with torch.no_grad():
             features = backbone.extract(view).to(device, torch.float32)
         if len(features) != math.prod(grid):
@@ -882,7 +882,9 @@ def draw_contour(mask, level):
     return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 255 * level if level else mask
 
 
-OVAL = 12  # log-odds of the middle of a box, against 3 of a sure cluster: objects fill the inscribed ellipse, or nearly
+# Log-odds of the middle of a place that the user has given, against 3 of a sure cluster: objects fill the ellipse in
+# their box, or nearly, and are not far from a point.
+OVAL = {"box": 12, "point": 4}
 
 
 def finish(view, assignment, config):
@@ -899,13 +901,13 @@ def finish(view, assignment, config):
     assignment = assignment[..., score.argsort()]
     background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
-    if view.box and background < config.clusters:  # the ellipse settles what the clusters leave open
-        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL * (1 - view.rho() / 1.05))
+    if view.hint and background < config.clusters:  # the ellipse of the place settles what the clusters leave open
+        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL[view.hint] * (1 - view.rho() / 1.05))
     foreground = foreground * view.allowed()
 
     y0, x0, y1, x1 = view.window
     rgb, inside = view.rgb[y0:y1, x0:x1], np.ones((y1 - y0, x1 - x0), bool)  # H' and W', of the window
-    if view.box:
+    if view.hint == "box":
         y, x, ry, rx = view.place
         inside[:] = False
         inside[round(y - ry) - y0 : round(y + ry) - y0, round(x - rx) - x0 : round(x + rx) - x0] = True
