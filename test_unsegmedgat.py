@@ -688,7 +688,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
 def test_the_ellipse_of_a_place_that_the_user_gave_settles_what_the_clusters_leave_open(hint):
     view = view_of(np.zeros((160, 160, 3), np.uint8), place=(80.0, 80.0, 40.0, 40.0))
     unsure = 0.51 + 0.01 * view.core().flatten()
-    assignment, config = torch.stack([1 - unsure, unsure], dim=1), u.Config(refine=False)
+    assignment, config = torch.stack([1 - unsure, unsure], dim=1), u.Config(refine=False, contour=0.0)
     assert u.finish(view, assignment, config)[0].all()
     given = u.finish(dataclasses.replace(view, hint=hint), assignment, config)[0]
     assert iou(given, disc(79.5, 79.5, 41, 160, 160)) > 0.9
