@@ -364,8 +364,8 @@ class MaskedAttention(torch.autograd.Function):
         factors = [x.clamp(min=-40).exp() for x in (high - shift, SLOPE * high - shift, low, SLOPE * low)]
         out, total = torch.empty_like(h), torch.empty_like(h[..., :1])
         for block, weight in MaskedAttention.row_blocks(factors, adjacency):
-            total[:, block] = weight.sum(2, keepdim=True)
-            out[:, block] = weight @ h
+            total[:, block] = weight.sum(2, keepdim=True)  # the softmax's denominator, eq. (2)
+            out[:, block] = weight @ h  # the sum of eq. (3), before it is divided
         total = torch.where(total > 0, total, 1)  # a node without neighbours gathers nothing
         out /= total
         ctx.save_for_backward(h, s, t, adjacency, out, total, *factors)
@@ -410,7 +410,7 @@ class GraphAttention(nn.Module):
     def forward(self, x, adjacency):
         """x (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
         h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
-        s = torch.einsum("hnd,hd->hn", h, self.a_src)
+        s = torch.einsum("hnd,hd->hn", h, self.a_src)  # s_i + t_j is a^T [W x_i || W x_j] of eq. (2): (H,N) each
         t = torch.einsum("hnd,hd->hn", h, self.a_dst)
         gathered = MaskedAttention.apply(h, s, t, adjacency)  # the sum of eq. (3): (H,N,out/H)
         if self.residual:
@@ -1066,7 +1066,7 @@ KINDS = {  # of output: what it is, and the PIL image of a Segmentation
 
 
 def whole_numbers(text):
-    """ "1,2,3" as a tuple."""
+    """A text such as 1,2,3 as a tuple."""
     return tuple(int(number) for number in text.split(","))
 
 
