@@ -143,8 +143,8 @@ def optimise(features, adjacency, config, convolution, loss):
     """Minimise a loss over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
 
     convolution: a class, called with the widths in and out and the activation. loss: of the assignment, A (N,N), A
-    normalised and config. The widths, and the one hidden layer of the perceptron, are ours; --epsilon and --settled are
-    of the graph attention network alone.
+    normalised and config. The widths, and the one hidden layer of the perceptron, are ours; --settled is of the graph
+    attention network alone.
     """
     width, activation = config.projection, u.ACTIVATIONS[config.activation]()
     with torch.random.fork_rng(devices=[]):
@@ -523,7 +523,7 @@ def begin_csv(path, fingerprints):
     with other settings.
     """
     header = ",".join(COLUMNS) + "\n"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     if text[: len(header)] != header[: len(text)]:
         raise ValueError(f"{path}: its columns are not those of this program; write to another file")
     text = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
@@ -531,7 +531,7 @@ def begin_csv(path, fingerprints):
     for row, settings in {(line["method"], line["settings"]) for line in lines}:
         if settings != fingerprints.get(row, settings):
             raise ValueError(f"{path}: holds {row} with other settings; give the same ones, or another file")
-    with u.whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+    with u.whole(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -736,7 +736,7 @@ def score_all(pairs, rows, run):
         run.methods["unsegmedgatc"] = lambda features, adjacency, _: unsegmedgat(features, adjacency, config, shared)
     share, ours = list(todo)[rank::world], {}
     bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
-    with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8") as file:
+    with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         for stem in share:
             for row, score in evaluate(stem, pairs[stem], todo[stem], run).items():

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing.dummy
@@ -37,7 +38,7 @@ import unsegmedgat as u
 HERE = Path(__file__).parent
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-QUICK = ["--size", "64", "--epochs", "20", "--backbone", "builtin", "--device", "cpu"]  # under 100 patches
+QUICK = ["--size", "64", "--epochs", "40", "--backbone", "builtin", "--device", "cpu"]  # under 100 patches
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def photo(tmp_path):
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(epochs=2.0), dict(epochs=True), dict(lr=math.inf),
      dict(lr=0), dict(widths=()), dict(layers=0),
      dict(activation="tanh"), dict(window=0.5), dict(collective=60), dict(components=-1), dict(smoothness=-1),
-     dict(seed=-1)],
+     dict(seed=-1), dict(refine="no")],
     ids=str,
 )  # fmt: skip
 def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
@@ -104,7 +105,7 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
     "flags, settings",
     [("", {}),
      ("--tau 0.5 --widths 32,64 --no-refine --invert", dict(tau=0.5, widths=(32, 64), refine=False, invert=True)),
-     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, lr=1e-3, epsilon=1e-8, balance=1.0,
+     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, balance=1.0,
                                             prior=0.0, contour=0.0, smoothness=7.0))],
 )  # fmt: skip
 def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_the_preset(flags, settings):
@@ -250,7 +251,7 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
     config = u.Config(collective=3, epochs=10, settled=0, widths=(8,), heads=2)
     torch.manual_seed(config.seed)
     network = u.UnSegMedGAT(20, config)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, eps=config.epsilon, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=1e-2)
     for x in images * 3:
         adjacency = u.build_graph(x, 0.3)
         optimizer.zero_grad()
@@ -659,7 +660,7 @@ def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
 def test_of_more_clusters_the_last_labels_are_the_mask_and_the_map_is_read_back_as_written(clusters, tmp_path, photo):
     flags = ["--clusters", str(clusters), "--labels", "--components", "0", "--size", "96"]
     assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), *QUICK, *flags]) == 0
-    result = segment(photo, size=96, clusters=clusters, components=0, epochs=20)
+    result = segment(photo, size=96, clusters=clusters, components=0, epochs=40)
     written = Image.open(tmp_path / "mask_labels.png")
     assert np.array_equal(np.array(written), result.labels) and len(written.getpalette()) == 768
     assert result.labels.max() < clusters and result.assignment.shape == (12, 16, clusters)
@@ -879,6 +880,13 @@ def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, p
     said = caplog.messages or capsys.readouterr().err.splitlines()[-1:]
     assert code == 2 and len(said) == 1 and says in said[0] and "\n" not in said[0]
     assert photo.read_bytes() == content and [*tmp_path.iterdir()] == [photo]
+
+
+def test_a_file_name_that_the_terminal_has_no_letters_for_is_told_all_the_same(tmp_path, photo, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert u.main([str(photo.rename(tmp_path / "\u03b1.png")), "-o", str(tmp_path / "mask.png"), *QUICK]) == 0
+    sys.stdout.flush()
+    assert b"\\u03b1.png -> " in sys.stdout.buffer.getvalue()
 
 
 def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, photo, monkeypatch, caplog):

@@ -79,8 +79,7 @@ class Config:
     epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", low=1)
     settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0")
     collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc")
-    lr: float = setting(5e-3, "AdamW's learning rate", "ours; paper: 0.001", low=1e-9)
-    epsilon: float = setting(1e-5, "AdamW's: much smaller gradients make small steps", "ours; torch: 1e-8", low=1e-12)
+    lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III", low=1e-9)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper")
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
@@ -99,6 +98,7 @@ class Config:
             name, value, kind, info = field.name, getattr(self, field.name), type(field.default), field.metadata
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # a bool is an int in Python
             for good, want in [
+                (kind is not bool or isinstance(value, bool), "True or False"),
                 (kind not in (int, float) or number and info["low"] <= value < info["high"],
                  f"a {'whole ' if kind is int else ''}number from {info['low']} to below {info['high']}"),
                 (not info["choices"] or value in info["choices"], f"one of {info['choices']}"),
@@ -112,8 +112,8 @@ class Config:
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
 # own figures are of images cropped to the object, and so do the scale of X and the start, which it leaves open.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "lr": 1e-3, "epsilon": 1e-8, "balance": 1.0, "prior": 0.0,
-                     "smoothness": 256.0, "contour": 0.0}}  # fmt: skip
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
+                     "contour": 0.0}}  # fmt: skip
 
 
 # Images --------------------------------------------------------------------------------------------------------
@@ -499,8 +499,7 @@ def new_network(in_features, config, device):
     with SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = UnSegMedGAT(in_features, config).to(device)
-    how = {"lr": config.lr, "eps": config.epsilon, "weight_decay": config.weight_decay}
-    return network, torch.optim.AdamW(network.parameters(), **how)
+    return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
 
 def gradients(network, features, adjacency, config):
@@ -1267,6 +1266,7 @@ def exit_code(program, advice):
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own limit
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that the terminal has no letters for
     try:
         if "LOCAL_RANK" in os.environ:
             if torch.cuda.is_available():
