@@ -143,8 +143,8 @@ def optimise(features, adjacency, config, convolution, loss):
     """Minimise a loss over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
 
     convolution: a class, called with the widths in and out and the activation. loss: of the assignment, A (N,N), A
-    normalised and config. The widths, and the one hidden layer of the perceptron, are ours; --settled is of the graph
-    attention network alone.
+    normalised and config. The widths, the one hidden layer of the perceptron and five times the learning rate are ours: at
+    the rate itself unseggnet loses 7 points of mIoU on ISIC. --settled is of the graph attention network alone.
     """
     width, activation = config.projection, u.ACTIVATIONS[config.activation]()
     with torch.random.fork_rng(devices=[]):
@@ -154,7 +154,7 @@ def optimise(features, adjacency, config, convolution, loss):
     network = nn.ModuleList([layer, perceptron]).to(features.device)
     propagation = normalise(adjacency)
     x = u.standardise(features, propagation)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5 * config.lr, weight_decay=config.weight_decay)
     for _ in range(config.epochs):
         optimizer.zero_grad(set_to_none=True)
         loss(perceptron(layer(x, propagation)).softmax(1), adjacency, propagation, config).backward()
