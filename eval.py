@@ -143,8 +143,8 @@ def optimise(features, adjacency, config, convolution, loss):
     """Minimise a loss over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
 
     convolution: a class, called with the widths in and out and the activation. loss: of the assignment, A (N,N), A
-    normalised and config. The widths, the one hidden layer of the perceptron and five times the learning rate are ours: at
-    the rate itself unseggnet loses 7 points of mIoU on ISIC. --settled is of the graph attention network alone.
+    normalised and config. The widths, the one hidden layer of the perceptron and five times the learning rate are ours
+    (at the rate itself unseggnet loses 7 points of mIoU on ISIC); --settled is of the graph attention network alone.
     """
     width, activation = config.projection, u.ACTIVATIONS[config.activation]()
     with torch.random.fork_rng(devices=[]):
