@@ -208,7 +208,7 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     assignment, history, _ = u.fit(features, adjacency)
     assert torch.equal(torch.get_rng_state(), before)
     assert (assignment.argmax(1) == group).float().mean() in (0, 1)
-    assert len(history) < 60 and history[-1] < -0.3 and abs(history[0]) < 1e-4  # from the uniform assignment
+    assert len(history) < 60 and history[-1] < -0.3
     finer = u.fit(features, adjacency, u.Config(resolution=0.9))[0]  # whose uniform assignment has a loss below 0
     assert (finer.argmax(1) == group).float().mean() in (0, 1)
     again, other = u.fit(features, adjacency)[0], u.fit(features, adjacency, u.Config(seed=1))[0]
@@ -484,7 +484,7 @@ def test_auto_falls_back_with_one_clear_line_and_dino_never_does(tmp_path, monke
     silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
     monkeypatch.setattr(u, "DINO_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/dino.pth")
     u.load_backbone.cache_clear()
-    assert segment(lesion()[0], backbone="auto", epochs=2).backbone == "builtin"
+    assert segment(lesion()[0], backbone="auto", size=64).backbone == "builtin"
     assert len(caplog.messages) == 1 and "--weights FILE" in caplog.messages[0] and "no answer" in caplog.messages[0]
     with pytest.raises(OSError, match="no answer from 127.0.0.1"):
         u.load_backbone("dino", None, "teacher", "cpu")

@@ -86,7 +86,7 @@ class Config:
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
+    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code")
     contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", high=1)
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
@@ -111,9 +111,8 @@ class Config:
 
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
-# own figures are of images cropped to the object, and so do the scale of X and the start, which it leaves open.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
-                     "contour": 0.0}}  # fmt: skip
+# own figures are of images cropped to the object, and so does the scale of X, which it leaves open.
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "contour": 0.0}}
 
 
 # Images --------------------------------------------------------------------------------------------------------
@@ -420,16 +419,9 @@ class GraphAttention(nn.Module):
 
 # Network, eq. (5) ----------------------------------------------------------------------------------------------
 
-NEARLY_ALIKE = 0.01  # what the last layer's first parameters are multiplied by
-
 
 class UnSegMedGAT(nn.Module):
-    """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5).
-
-    For K = 2 it starts close to the uniform assignment, where the loss of eq. (8) is level: from there small steps
-    follow the leading eigenvector of the modularity matrix rather than a chance division. More clusters need more
-    directions than this one. The paper leaves the start open.
-    """
+    """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5)."""
 
     def __init__(self, in_features, config=Config()):
         super().__init__()
@@ -443,9 +435,6 @@ class UnSegMedGAT(nn.Module):
         )
         self.first = nn.ModuleList(nn.Linear(width, config.projection) for width in config.widths)
         self.second = nn.Linear(config.projection, config.clusters)
-        if config.clusters == 2:
-            for parameter in self.second.parameters():
-                parameter.data *= NEARLY_ALIKE
 
     def forward(self, features, adjacency):
         """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1."""
@@ -532,7 +521,7 @@ def fit(features, adjacency, config=Config(), shared=None):
         losses.append(gradients(network, x, adjacency, config).item())
         optimizer.step()
         gain = uniform - losses[-1]
-        begun = len(losses) > 3 and gain > COMMUNITIES  # the first steps from the uniform assignment are small
+        begun = len(losses) > 3 and gain > COMMUNITIES  # around the uniform assignment the loss is level
         if config.settled and begun and losses[-4] - losses[-1] < config.settled * gain:
             break
     with torch.no_grad():
