@@ -1255,7 +1255,8 @@ def exit_code(program, advice):
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own limit
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that the terminal has no letters for
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that the terminal has no letters for
     try:
         if "LOCAL_RANK" in os.environ:
             if torch.cuda.is_available():
