@@ -86,7 +86,7 @@ class Config:
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code")
+    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", high=1)
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
@@ -112,7 +112,8 @@ class Config:
 
 # What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
 # own figures are of images cropped to the object, and so does the scale of X, which it leaves open.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "contour": 0.0}}
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
+                     "contour": 0.0}}  # fmt: skip
 
 
 # Images --------------------------------------------------------------------------------------------------------
