@@ -91,7 +91,7 @@ def photo(tmp_path):
     "wrong",
     [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=8),
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(epochs=2.0), dict(epochs=True), dict(lr=math.inf),
-     dict(lr=0), dict(widths=()), dict(layers=0),
+     dict(lr=0), dict(widths=()), dict(widths=128), dict(widths=(128.0,)), dict(layers=0), dict(collective="5"),
      dict(activation="tanh"), dict(window=0.5), dict(collective=60), dict(components=-1), dict(smoothness=-1),
      dict(seed=-1), dict(refine="no")],
     ids=str,
@@ -485,8 +485,8 @@ def test_auto_falls_back_with_one_clear_line_and_dino_never_does(tmp_path, monke
     monkeypatch.setattr(u, "DINO_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/dino.pth")
     u.load_backbone.cache_clear()
     assert segment(lesion()[0], backbone="auto", size=64).backbone == "builtin"
-    assert len(caplog.messages) == 1 and "--weights FILE" in caplog.messages[0] and "no answer" in caplog.messages[0]
-    with pytest.raises(OSError, match="no answer from 127.0.0.1"):
+    assert len(caplog.messages) == 1 and "--weights FILE" in caplog.messages[0] and "failed" in caplog.messages[0]
+    with pytest.raises(OSError, match="from 127.0.0.1:.* failed"):
         u.load_backbone("dino", None, "teacher", "cpu")
     monkeypatch.setattr(u, "fetch_dino", lambda *_: pytest.fail("builtin must not try the network"))
     assert u.load_backbone("builtin", None, "teacher", "cpu").name == "builtin"
@@ -693,6 +693,16 @@ def test_the_ellipse_of_a_place_that_the_user_gave_settles_what_the_clusters_lea
     assert u.finish(view, assignment, config)[0].all()
     given = u.finish(dataclasses.replace(view, hint=hint), assignment, config)[0]
     assert iou(given, disc(79.5, 79.5, 41, 160, 160)) > 0.9
+
+
+def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
+    view, config = view_of(np.zeros((160, 160, 3), np.uint8), place=(80.0, 40.0, 30.0, 30.0)), u.Config(refine=False)
+    view.valid[:, 10:] = 0
+    share, masks = torch.where(view.core() > 0, 0.6, 0.1), []
+    for frame in 0.0, 1.0:
+        x = torch.where(view.valid > 0, share, frame)
+        masks.append(u.finish(view, torch.stack([1 - x, x], dim=2).flatten(0, 1), config)[0])
+    assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
 
 
 @pytest.mark.parametrize("hint", [dict(point=(128, 5)), dict(point=(-1, 5)), dict(point=(math.nan, 5)),

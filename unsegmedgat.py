@@ -9,8 +9,9 @@ graph attention network is optimised, for that image alone, until its clusters h
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with pictures to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
-The first half is section II of the paper, in its order: image, features, graph (1), attention (2)-(4), network (5),
-loss (6)-(8), fit. What follows is ours: where to look, `segment`, pictures and the command line.
+After the settings the first half is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
+loss (6)-(8), fit. What follows is ours: where to look, `segment`, pictures and the command line. Of the paper's own
+steps the defaults change the residual in (3), the balance in (8) and the weights of the nodes in (1): see `Config`.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
 
@@ -64,7 +65,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 
 @dataclass(frozen=True)
 class Config:
-    """Every hyper-parameter, with its source. Each is a flag, with hyphens. Raises ValueError when out of range."""
+    """Every hyper-parameter, with its source. Each is a flag, with hyphens. Raises ValueError for what cannot be."""
 
     size: int = setting(224, "px of the shorter side, rounded to a multiple of 8", "authors' code", low=2 * PATCH)
     stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", choices=(8, 4, 2))
@@ -81,7 +82,7 @@ class Config:
     collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc")
     lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III", low=1e-9)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
-    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper")
+    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper: none, so 1")
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
@@ -93,7 +94,8 @@ class Config:
     seed: int = setting(0, "of the network's first parameters", "ours", high=2**32)
 
     def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(self.widths))  # lists come from JSON
+        if isinstance(self.widths, list):  # as JSON has it
+            object.__setattr__(self, "widths", tuple(self.widths))
         for field in dataclasses.fields(self):
             name, value, kind, info = field.name, getattr(self, field.name), type(field.default), field.metadata
             number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # a bool is an int in Python
@@ -102,16 +104,17 @@ class Config:
                 (kind not in (int, float) or number and info["low"] <= value < info["high"],
                  f"a {'whole ' if kind is int else ''}number from {info['low']} to below {info['high']}"),
                 (not info["choices"] or value in info["choices"], f"one of {info['choices']}"),
-                (name != "widths" or value and all(w >= 1 and w % self.heads == 0 for w in value),
+                (name != "widths" or isinstance(value, tuple) and value
+                 and all(isinstance(w, int) and w >= 1 and w % self.heads == 0 for w in value),
                  f"positive multiples of the number of heads, {self.heads}"),
-                (name != "collective" or value < self.epochs, f"below epochs, {self.epochs}"),
+                (name != "collective" or number and value < self.epochs, f"below epochs, {self.epochs}"),
             ]:  # fmt: skip
                 if not good:
                     raise ValueError(f"{name} must be {want}, got {value!r}")
 
 
-# What the paper does, as far as it says, and the authors' code where it does not. Place and window stay, as the paper's
-# own figures are of images cropped to the object, and so does the scale of X, which it leaves open.
+# What the paper does, as far as it says, and the authors' code where it does not. Place, window and field of view stay,
+# as the paper's own figures are of images cropped to the object, and so does the scale of X, which it leaves open.
 PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
                      "contour": 0.0}}  # fmt: skip
 
@@ -261,9 +264,9 @@ PATIENCE = 10  # s without an answer before a download is given up
 
 
 def fetch_dino(progress=True):
-    """The path of DINO's backbone file: from torch.hub's cache, else downloaded once, its SHA-256 checked.
+    """The path of DINO's backbone file: from torch.hub's cache, else downloaded once and then its SHA-256 checked.
 
-    Raises OSError when the host does not answer within 10 s, RuntimeError for another digest.
+    Raises OSError when the download fails or the host is silent for 10 s, RuntimeError for another digest.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
     if path.is_file():
@@ -274,7 +277,7 @@ def fetch_dino(progress=True):
     try:
         torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
     except OSError as error:
-        raise OSError(f"no answer from {DINO_URL.split('/')[2]} ({error})") from None
+        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
     return path
@@ -319,7 +322,7 @@ def load_dino(weights=None, branch="teacher", progress=True):
 
 
 def build_graph(features, tau, weights=None):
-    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); entries 0 or in (tau,1], symmetric.
+    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); symmetric, 0 or above tau.
 
     weights (N,), optional: how much each node matters; A_ij is then multiplied by w_i w_j, and may be below tau. A node
     of weight 0 has no edges.
@@ -339,7 +342,7 @@ class MaskedAttention(torch.autograd.Function):
 
     Rows of a softmax are independent, so blocks of rows that stay in cache are computed and dropped, forward and again
     backward: nothing N x N is kept but the graph. And LeakyReLU(e) = max(e, 0.2 e), so exp(LeakyReLU(s_i + t_j)) is
-    the larger of two rank-one products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
+    the larger of two outer products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
     The plain lines that this equals stand in eval.py (`plain_attention`).
     """
 
@@ -356,8 +359,9 @@ class MaskedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D), D = out/H
-        # Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1, (H,N) each. Products of two below e^-40 would
-        # be denormal numbers, on which a CPU takes many times longer: what is so much less than the largest is alike.
+        # Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1, (H,N) each. None is below e^-40, as products of
+        # smaller ones would be denormal numbers, on which a CPU takes many times longer; a node all of whose neighbours
+        # score 40 less than the largest t then averages them.
         top = t.amax(1, keepdim=True)
         high, low = s + top, t - top
         shift = F.leaky_relu(high, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
@@ -375,7 +379,7 @@ class MaskedAttention(torch.autograd.Function):
     def backward(ctx, grad):  # (H,N,D)
         h, s, t, adjacency, out, total, *factors = ctx.saved_tensors
         grad = grad / total
-        # d e_ij = alpha_ij (grad_i . h_j - grad_i . out_i), in one product: a column more on either side carries
+        # dL/de_ij = alpha_ij (grad_i . h_j - grad_i . out_i), in one product: a column more on either side carries
         # the second term.
         grad1 = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
         h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
@@ -391,7 +395,7 @@ class MaskedAttention(torch.autograd.Function):
 
 
 class GraphAttention(nn.Module):
-    """One multi-head graph attention layer, heads concatenated, before the activation: eqs. (2) to (4).
+    """One multi-head graph attention layer, heads concatenated: eqs. (2) to (4), less the activation.
 
     The paper's vector a of eq. (2) is [a_src || a_dst]: a_src scores the node that attends, a_dst its neighbour.
     residual: add the node's own W x, ours. The softmax knows of an edge only whether it is there, so where nearly all
@@ -467,7 +471,7 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     return -(within - resolution * expected) + balance * collapse  # eqs. (7), (8)
 
 
-LENGTH = 4  # of the rows of X, root mean square
+LENGTH = 4  # root mean square of the rows' lengths of X
 
 
 def standardise(features, adjacency):
@@ -508,7 +512,7 @@ def fit(features, adjacency, config=Config(), shared=None):
 
     features f (N,C), adjacency (N,N). shared: parameters from `fit_collective` to start from; the config.collective
     passes they have had are then taken off the epochs.
-    Returns the assignment (N,K), the loss at every epoch that was needed, and the modularity of the likeliest clusters.
+    Returns the assignment (N,K), the loss before every step taken, and the modularity of the likeliest clusters.
     Where that is below COMMUNITIES, the assignment is the uniform one.
     """
     x = standardise(features, adjacency)
@@ -572,7 +576,7 @@ def middle(n):
 
 
 def border_weight(h, w):
-    """How far the cells (h,w) of an image are from its middle, squared, in [0.05,1]: background is likelier there."""
+    """0.05 + the squared distance of the cells (h,w) from the middle, at most 1: how likely each is background."""
     return (0.05 + middle(h)[:, None] ** 2 + middle(w) ** 2).clamp(max=1)
 
 
@@ -580,12 +584,12 @@ UNEVEN = 6  # grey levels, the spread of the light over an image from which on i
 
 
 def even_light(lab, weight):
-    """Take uneven light and vignetting out of a Lab image (3,s,t): its deviations from a smooth surface, (3,s,t).
+    """Deviations of a Lab image (3,s,t) from its background, less uneven light and vignetting: (3,s,t).
 
     The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
     so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
     A large object may bend the surface: light falls off to all sides, so it must not be darkest in the middle, and one
-    that varies by less than about 6 grey levels is hardly taken out.
+    that varies by less than about 6 grey levels is taken as level.
     """
 
     def basis(h, w):
@@ -601,13 +605,11 @@ def even_light(lab, weight):
         deviation = cells - terms @ coefficients
         spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
         robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
-    xx, xy, yy = coefficients[3:, 0].tolist()  # of the lightness, whose curvature is made negative
-    curvature, axes = torch.linalg.eigh(torch.tensor([[xx, xy / 2], [xy / 2, yy]]))
-    bent = (axes * curvature.clamp(max=0)) @ axes.T
-    coefficients[3:, 0] = torch.stack([bent[0, 0], 2 * bent[0, 1], bent[1, 1]])
-    spread = (terms @ coefficients)[:, 0].std(correction=0)
-    coefficients = coefficients * (spread**4 / (spread**4 + UNEVEN**4))
-    return lab - (basis(*lab.shape[1:]) @ coefficients).permute(2, 0, 1)
+    coefficients[[3, 5], 0] = coefficients[[3, 5], 0].clamp(max=0)  # of the lightness, along rows and columns
+    surface = basis(*lab.shape[1:]) @ coefficients  # (s,t,3)
+    mean, uneven = surface.mean((0, 1)), surface[..., 0].std(correction=0) / UNEVEN
+    share = uneven**4 / (uneven**4 + 1)
+    return lab - (mean + share * (surface - mean)).permute(2, 0, 1)
 
 
 def field_of_view(image):
@@ -676,15 +678,14 @@ class View:
 
 # Ours: features without learned weights, and the choice of a backbone ------------------------------------------
 
-CHROMA, FLAT = 1.5, 20  # beside lightness; and grey levels, the length of a constant feature
+CHROMA, FLAT = 1.5, 50  # beside lightness; and grey levels, the length of a constant feature
 
 
 def builtin_descriptors(view):
     """The evenly lit Lab colour of each patch of a View, (N,4) row-major; no learned weights.
 
-    Where uneven light was taken out these are deviations from the background. The constant fourth feature keeps patches
-    of the background's colour alike whatever the noise in them, and lets large deviations saturate: the cosine of
-    eq. (1) sees angles, here of the colours beside 20 grey levels.
+    Colours are deviations from the background's. The constant fourth feature keeps patches of nearly its colour alike,
+    whatever the noise in them, and lets large deviations saturate: eq. (1) compares directions.
     """
     cells = dataclasses.replace(view, stride=PATCH, grid=tuple(side // PATCH for side in view.image.shape[1:]))
     background = cells.rho() > 1 if view.place else border_weight(*cells.grid)
@@ -702,7 +703,7 @@ class Backbone:
 
 
 def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError where it is not there."""
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for one that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -715,8 +716,8 @@ def pick_device(device):
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
     """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
 
-    Falls back only for "auto" without `weights`, and says so. The last one loaded is kept. Raises as load_dino, and
-    ValueError for other names.
+    Falls back only for "auto" without `weights`, and says so. The last answer is kept and given again. Raises as
+    load_dino, and ValueError for other names.
     """
     if backbone not in ("auto", "dino", "builtin"):
         raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
@@ -871,8 +872,8 @@ def draw_contour(mask, level):
     return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 255 * level if level else mask
 
 
-# Log-odds of the middle of a place that the user has given, against 3 of a sure cluster: objects fill the ellipse in
-# their box, or nearly, and are not far from a point.
+# Log-odds added at the centre of a place that the user has given, where a sure cluster adds 3: objects fill the ellipse
+# in their box, or nearly, and are not far from a point.
 OVAL = {"box": 12, "point": 4}
 
 
@@ -883,10 +884,11 @@ def finish(view, assignment, config):
     image's own resolution, cluster by cluster for K > 2, then binarised, and the mask cleaned.
     """
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
-    core = view.core()[..., None]
-    # How much commoner each cluster is in the place than in the window, (K,). For K = 2 exactly one is above 0, unless
-    # they are alike. The rule is ours, as the paper states none; no ground truth is involved.
-    score = (assignment * core).sum((0, 1)) / core.sum() / assignment.mean((0, 1)).clamp(min=1e-6) - 1
+    core, seen = ((assignment * nodes[..., None]).sum((0, 1)) / nodes.sum().clamp(min=1)
+                  for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
+    # How much commoner it is in the place than in the field of view. For K = 2 exactly one is above 0, unless they are
+    # alike. The rule is ours, as the paper states none; no ground truth is involved.
+    score = core / seen.clamp(min=1e-6) - 1
     assignment = assignment[..., score.argsort()]
     background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
     foreground = assignment[..., background:].sum(2)  # (h,w)
@@ -931,7 +933,7 @@ class Segmentation:
     view: View  # the window that was looked at, and the place
     features: torch.Tensor  # (N,C) f, rows of length 1
     modularity: float  # of the clusters, Q of eq. (6); near 0 where the graph has no communities
-    history: list  # the loss at every epoch that was needed
+    history: list  # the loss before every step taken
     backbone: str  # its name
     seconds: dict  # wall-clock time of each stage
 
@@ -1101,7 +1103,7 @@ def build_parser():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
     add_backbone_flags(parser)
-    add("--preset", choices=PRESETS, help="the paper's settings from the graph on")
+    add("--preset", choices=PRESETS, help="the paper's settings, where it gives them")
     add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
     add("--workers", type=int, default=0, metavar="N", help="threads that share several images; default: as many as "
         "torch has, OMP_NUM_THREADS or the cores, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
@@ -1147,7 +1149,7 @@ def plan_outputs(options):
                                  "choose another output, or rename an image")  # fmt: skip
             taken[path.resolve()] = f"written for {image}"
         plan.append((image, outputs))
-    folder = output if output.is_dir() else output.parent  # where something is to be made
+    folder = output if output.is_dir() else output.parent  # where something is to be written
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: there is no such folder, or no permission to write there")
     return plan
@@ -1227,8 +1229,8 @@ def run(options):
         how["shared"] = fit_collective(scenes, config, device, options.quiet or rank > 0)
     cores, failures = torch.get_num_threads(), []
     workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
-    # Several images are shared by threads of which each computes alone (torch lets go of Python's lock), as two that
-    # share an operation wait for each other; and sums in one order give the same bytes with any number of workers.
+    # Images run side by side, each on one torch thread (torch lets go of Python's lock): two threads that share an
+    # operation wait for each other, and sums keep their order, so that the outputs do not depend on the workers.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])
     try:
         in_order = pool.map if len(plan) > 1 else map
