@@ -1,4 +1,4 @@
-"""How well does it work on your images? Every method of the paper's Table I, beside baselines that cost nothing.
+"""How well does it work on your images? The methods of the paper's Table I but MedSAM, beside baselines for nothing.
 
     python eval.py images/ masks/                               # the headline: no ground truth reaches a method
     python eval.py images/ masks/ --protocol point              # a point in the object is given; or box
@@ -89,8 +89,8 @@ def normalise(adjacency):
 def dsm(features, adjacency, config):
     """Deep spectral methods (Melas-Kyriazi et al. 2022): the Fiedler vector of the normalised Laplacian, split at 0.
 
-    For K > 2, k-means on the first K eigenvectors. The Laplacian is I - D^-1/2 A D^-1/2, so its smallest eigenvectors
-    are the largest of `normalise(A)`. The colour affinities that their paper may add to the graph are left out.
+    For K > 2, k-means on the first K eigenvectors. The Laplacian is I - D^-1/2 A D^-1/2, so its lowest eigenvectors
+    are the top ones of `normalise(A)`. The colour affinities that their paper may add to the graph are left out.
     """
     matrix = normalise(adjacency).cpu().numpy().astype(np.float64)
     # Not by ARPACK, which finds no vectors of a graph in pieces, where the largest eigenvalue is there several times
@@ -319,11 +319,11 @@ def files_below(folder):
     return found
 
 
-def by_stem(paths, strip):
-    """{stem: path}, masks without their _mask and the like. Raises ValueError where two files have one stem."""
+def by_stem(paths, stems=None):
+    """{stem: path}; masks lose _mask and the like, but what is in `stems`. Raises ValueError for two of one stem."""
     table = {}
     for path in paths:
-        stem = MASK_SUFFIX.sub("", path.stem) if strip else path.stem
+        stem = path.stem if stems is None or path.stem in stems else MASK_SUFFIX.sub("", path.stem)
         if stem in table:
             raise ValueError(f"{path}: pairs go by name, and {table[stem]} has the same; move one of them away")
         table[stem] = path
@@ -339,8 +339,8 @@ def pair_files(images, masks):
     image_paths, mask_paths = files_below(images), files_below(masks)
     both = {*image_paths} & {*mask_paths}
     marked = {path for path in both if MASK_SUFFIX.search(path.stem)}
-    image_of = by_stem([path for path in image_paths if path not in marked], False)
-    mask_of = by_stem([path for path in mask_paths if path not in both - marked], True)
+    image_of = by_stem([path for path in image_paths if path not in marked])
+    mask_of = by_stem([path for path in mask_paths if path not in both - marked], image_of)
     pairs = {stem: (path, mask_of[stem]) for stem, path in image_of.items() if stem in mask_of}
     if not pairs:
         names = "as a.jpg and a.png or a_mask.png have"
@@ -351,12 +351,13 @@ def pair_files(images, masks):
 def load_mask(path, shape):
     """Read a mask: (H,W) bool, what is brighter than half of its maximum.
 
-    So 0/1, 0/255, 16 bit, palettes and JPEG's ringing all do; colours count by their brightest channel, transparency as
-    black. Raises unsegmedgat.ImageError where it cannot be read, or its size is not `shape` (H,W).
+    So 0/1, 0/255, 16 bit and palettes all do, and JPEG's 0/255 with its ringing; colours count by their brightest
+    channel, transparency as black; EXIF turns it as it does the image. Raises unsegmedgat.ImageError where it cannot be
+    read, or its size is not `shape` (H,W).
     """
     try:
         with Image.open(path) as image:
-            jpeg = image.format == "JPEG"
+            jpeg, image = image.format == "JPEG", ImageOps.exif_transpose(image)
             if image.mode in ("P", "PA", "LA", "RGBA", "CMYK") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
@@ -419,7 +420,8 @@ class Scene:
     def __init__(self, stem, paths, run):
         self.stem, self.paths, self.run = stem, paths, run
         self.rgb, self.scored, self.hint, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
-        protocol, noise, seed = run.options.protocol, run.options.plant, [run.config.seed, zlib.crc32(stem.encode())]
+        protocol, noise = run.options.protocol, run.options.plant
+        seed = [run.config.seed, zlib.crc32(os.fsencode(stem))]
         # Here something of the ground truth goes into a prediction, and the table says so; in the official protocol
         # it also chooses between a mask and its inverse.
         if protocol != "blind":
@@ -441,7 +443,7 @@ class Scene:
 
     @functools.cached_property
     def truth(self):
-        """(H,W) bool, read when it is asked for: in the blind protocol by nothing that makes a mask."""
+        """(H,W) bool, read when it is asked for: blind and without --plant by nothing that makes a mask."""
         return load_mask(self.paths[1], self.rgb.shape[:2])
 
     def squashed(self, array, method):
@@ -580,7 +582,7 @@ def as_table(lines):
 
 
 def markdown(summary, reference=None):
-    """The table. In % but for nothing: shares of 1 times 100, and HD95 of the diagonal; 95 % intervals in brackets."""
+    """The table. Scores in %: shares times 100, HD95 of the diagonal; 95 % intervals in brackets."""
 
     def cell(value, bounds=None, sign=""):
         brackets = f" [{bounds[0] * 100:{sign}.1f}, {bounds[1] * 100:{sign}.1f}]" if bounds else ""
@@ -695,22 +697,23 @@ def check(options):
     ]:  # fmt: skip
         if wrong:
             raise ValueError(message)
-    outputs = [path for path in (options.csv, options.json, options.sheet) if path]
+    outputs = [path.resolve() for path in (options.csv, options.json, options.sheet) if path]
+    inputs = [options.images, options.masks, *dict(options.predictions).values()]
     for path in outputs:
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: there is no such folder, or no permission to write there")
         if path.is_dir() or outputs.count(path) > 1:
             raise ValueError(f"{path}: is a folder, or named for two outputs; name another file")
-        if {options.images.resolve(), options.masks.resolve()} & {*path.resolve().parents}:
+        if {Path(folder).resolve() for folder in inputs} & {*path.parents}:
             raise ValueError(f"{path}: lies among the images or masks, which are left alone; name another file")
     pixels(options.tolerance, 1)
 
 
 def settings_of(run):
-    """All that the scores depend on beside the images, for the fingerprints and the JSON file."""
+    """The flags that the scores depend on, for the fingerprints and the JSON file."""
     options = run.options
     settings = {name: getattr(options, name) for name in ("protocol", "squash", "jitter", "plant", "tolerance")}
-    weights = options.weights and options.weights.name
+    weights = options.weights and str(options.weights.resolve())
     backbone = {"name": run.backbone.name, "branch": options.branch, "weights": weights}
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 
@@ -719,8 +722,9 @@ def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
     options, (rank, world), fingerprints = run.options, u.rank_and_world(), {}
     for row in rows:  # a digest of all that its scores depend on: for the collective method these are all the images
-        folders = [str(Path(folder).resolve()) for folder in (options.masks, dict(options.predictions).get(row, ""))]
-        facts = [settings_of(run), folders, sorted(pairs) if row == "unsegmedgatc" else []]
+        folders = (options.images, options.masks, dict(options.predictions).get(row, ""))
+        facts = [settings_of(run), [str(Path(folder).resolve()) for folder in folders]]
+        facts.append(sorted(pairs) if row == "unsegmedgatc" else [])
         fingerprints[row] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     # The first rank reads for all, so that none writes before.
     scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
@@ -731,7 +735,8 @@ def score_all(pairs, rows, run):
         for stem, paths in pairs.items():
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
                 scenes.append([x.cpu() for x in Scene(stem, paths, run).look()[1:]])
-        config = dataclasses.replace(run.config, collective=run.config.collective or 5)  # section III of the paper
+        passes = run.config.collective or min(5, run.config.epochs - 1)  # section III of the paper
+        config = dataclasses.replace(run.config, collective=passes)
         shared = u.fit_collective(scenes, config, run.device, options.quiet or rank > 0)
         run.methods["unsegmedgatc"] = lambda features, adjacency, _: unsegmedgat(features, adjacency, config, shared)
     share, ours = list(todo)[rank::world], {}
@@ -802,7 +807,7 @@ def run_evaluation(options):
         backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
-    predictions = {name: by_stem(files_below(Path(folder)), True) for name, folder in options.predictions}
+    predictions = {name: by_stem(files_below(Path(folder)), pairs) for name, folder in options.predictions}
     run = Run(options, config, backbone, device, {name: METHODS[name] for name in options.methods}, predictions)
     rows = [*run.methods, *predictions, LOCATED, *free_rows(options.protocol, (1, 1), (0, 0, 1, 1))]
     scores = score_all(pairs, rows, run)
@@ -846,12 +851,8 @@ def photograph(height, width):
 
 def seconds(function, repeats=3):
     """The least wall-clock time of some calls after a first one: what the machine can do, less what disturbs it."""
-
-    def timer():
-        torch.cuda.is_available() and torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return min(timeit.repeat(function, number=1, repeat=repeats + 1, timer=timer)[1:])
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    return min(timeit.repeat(lambda: (function(), sync()), number=1, repeat=repeats + 1)[1:])
 
 
 def peak_memory():

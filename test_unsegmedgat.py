@@ -871,7 +871,8 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
      ("{photo} {dir}/photo.jpg -o {dir}/out", "but it is written for"),
      ("{photo} {dir} -o {photo}", "need a folder"),
      ("{dir} -o {dir}/mask.png", "need a folder"),
-     ("{dir} -o {dir}", "it is an input"),
+     ("{dir} -o {dir}/.", "is an input"),
+     ("{photo} -o {dir}/mask.png --point 9,9 --box 1,1,9,9", "not allowed with argument"),
      ("{photo} -o {dir}/mask.png --heads 3", "widths"),
      ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 whole numbers"),
      ("{photo} -o {dir}/mask.png --backbone builtin --weights x.pth", "dino backbone"),
@@ -1038,6 +1039,19 @@ def test_masks_of_every_kind_are_read_the_same(tmp_path, name, white, mode):
         evaluator.load_mask(path, (128, 96))
 
 
+def test_images_named_like_masks_pair_too_and_masks_turn_with_their_images(tmp_path):
+    rgb, truth = lesion()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for array, path in [(rgb, "i/a_lesion.png"), (rgb, "i/b_lesion.png"),
+                        (truth, "m/a_lesion.png"), (truth, "m/b_lesion_mask.png")]:  # fmt: skip
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.fromarray(array).save(tmp_path / path, exif=exif)
+    pairs, alone = evaluator.pair_files(tmp_path / "i", tmp_path / "m")
+    assert {*pairs} == {"a_lesion", "b_lesion"} and not alone
+    assert np.array_equal(evaluator.load_mask(pairs["a_lesion"][1], truth.shape), truth[::-1, ::-1])
+
+
 def test_one_whole_run_with_every_method_and_output_drops_no_file_silently(dataset, score, tmp_path, capsys, caplog):
     shutil.copytree(dataset[1], tmp_path / "made")
     Image.new("L", (128, 96)).save(tmp_path / "made" / "s2_1.png")
@@ -1058,9 +1072,9 @@ def test_one_whole_run_with_every_method_and_output_drops_no_file_silently(datas
     assert score()[0] == 2 and "has the same" in caplog.messages[-1]
 
 
-def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(score, tmp_path, capsys):
+def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(dataset, score, tmp_path, capsys):
     file = tmp_path / "scores.csv"
-    flags = ["--limit", "2", "--epochs", "7", "--methods", "unsegmedgatc,dsm", "--csv", str(file)]
+    flags = ["--limit", "2", "--epochs", "5", "--methods", "unsegmedgatc,dsm", "--csv", str(file)]
     flags += ["--sheet", str(tmp_path / "sheet.png")]
     assert score(*flags)[0] == 0
     table, lines = capsys.readouterr().out, file.read_text().splitlines(keepends=True)
@@ -1073,6 +1087,8 @@ def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(sc
     assert score(*flags)[0] == 2  # without --resume an existing file is not touched
     for other in "--tau 0.4", "--tolerance 3%", "--protocol box", "--plant 1", "--squash":
         assert score(*flags, "--resume", *other.split())[0] == 2  # nor mixed with other settings
+    images = shutil.copytree(dataset[0], tmp_path / "other")
+    assert evaluator.main([str(images), str(dataset[1]), *QUICK, *flags, "--resume"]) == 2  # or images
     assert file.read_text() == "".join(lines)
     file.write_text("".join(lines[:-1]) + lines[-1].replace(",\n", ",failed\n"))  # what failed is done anew
     assert score(*flags, "--resume")[0] == 0 and sorted(file.read_text().splitlines(True)[:-1]) == sorted(lines[:-1])

@@ -1097,8 +1097,9 @@ def build_parser():
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
-    add("--point", type=whole_numbers, metavar="X,Y", help="px, near the middle of the object")
-    add("--box", type=whole_numbers, metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
+    hint = parser.add_mutually_exclusive_group().add_argument
+    hint("--point", type=whole_numbers, metavar="X,Y", help="px, near the middle of the object")
+    hint("--box", type=whole_numbers, metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
     for kind, (what, _) in KINDS.items():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
@@ -1132,6 +1133,8 @@ def plan_outputs(options):
         inside = [p for p in sorted(path.iterdir()) if is_image(p)] if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: there is no image in this folder")
+        if path.is_dir() and path.resolve() == output.resolve():  # the masks would be the next run's images
+            raise ValueError(f"{path}: is an input; choose another folder for the masks")
         images += inside
     single = output.suffix.lower() == ".png"
     if output.suffix.lower() in SUFFIXES and not (single and images == options.images[:1]):
