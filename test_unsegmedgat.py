@@ -683,6 +683,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     boxed.probability[y0:y1, x0:x1] = boxed.labels[y0:y1, x0:x1] = 0
     assert not boxed.probability.any() and not boxed.labels.any()  # nothing outside
     assert segment(rgb, epochs=2, box=(60, 50, 61, 51)).mask.sum() <= 1
+    assert segment(np.tile(rgb, (3, 9, 1)), epochs=2, box=(10, 99, 1110, 103)).view.grid[1] < 40  # no strip of patches
 
 
 @pytest.mark.parametrize("hint", ["box", "point"])

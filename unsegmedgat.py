@@ -830,7 +830,7 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
 
     if box:
         place, valid = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), torch.ones(1, 1)
-        reach = [half + max(RING, 0.6 * half) for half in place[2:]]
+        reach = [max(half + RING, 1.6 * half, max(place[2:]) / 2) for half in place[2:]]  # a strip has many patches
     else:
         view, features = see((0, 0, height, width), PATCH)
         cell_y, cell_x, valid = height / view.grid[0], width / view.grid[1], view.valid
