@@ -714,6 +714,13 @@ def test_a_place_that_cannot_be_is_refused(hint):
         segment(lesion()[0], **hint)
 
 
+@pytest.mark.parametrize("ground", [120, 230])
+def test_a_faint_object_on_bright_even_ground_is_found(ground):
+    skin, truth = np.full((96, 128, 1), ground), disc(50, 60, 20, 96, 128)
+    rgb = (skin - 10 * truth[..., None] + np.random.default_rng(0).normal(0, 1, (96, 128, 3))).astype(np.uint8)
+    assert iou(segment(rgb, size=96, box=(38, 28, 82, 72)).mask, truth) > 0.9
+
+
 @pytest.mark.parametrize("height, width", [(8, 8), (9, 40), (16, 12)])
 def test_the_smallest_images_are_segmented_too(height, width):
     for point in (None, (width - 1, 0)):

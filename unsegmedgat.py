@@ -504,7 +504,7 @@ def gradients(network, features, adjacency, config):
     return loss.detach()
 
 
-COMMUNITIES = 1e-3  # modularity below which there are none: the built-in colours then differ by less than 2 grey levels
+COMMUNITIES = 1e-4  # modularity below which there are none: the built-in colours then differ by 5 grey levels or less
 
 
 def fit(features, adjacency, config=Config(), shared=None):
