@@ -772,18 +772,18 @@ def locate(features, valid, point=None):
     maps = principal(features.flatten(0, 1), 12).T.unflatten(1, (h, w))  # which keep the distances, nearly
     border = border_weight(h, w) * valid
     common = (maps * border).sum((1, 2)) / border.sum().clamp(min=1e-6)
-    layers = (torch.cat([maps, torch.ones(1, h, w)]) * valid)[:, None]  # (C+1,1,h,w): the last counts
+    pad = 2 * h, 2 * w  # room for the convolutions below, which wrap around
+    layers = torch.fft.rfft2(torch.cat([maps, torch.ones(1, h, w)]) * valid, s=pad)[:, None]  # C+1: the last counts
+    distance = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n) for n in pad), indexing="ij"))
     inland = ((1 - middle(h)[:, None] ** 4) * (1 - middle(w) ** 4)) ** 2  # what touches the border is seldom the object
     discs = []
     for radius in min(h, w) * RADII:
-        reach = int(1.4 * radius + 0.7)
-        steps = torch.arange(-reach, reach + 1.0)
-        distance = torch.hypot(steps, steps[:, None])
-        disc = (distance <= radius).float()
+        disc = (distance <= radius).float()  # around (0,0)
         ring = (distance <= 1.4 * radius + 0.7).float() - disc
-        sums = F.conv2d(layers, torch.stack([disc, ring])[:, None], padding=reach)  # (C+1,2,h,w)
-        means = sums[:-1] / sums[-1].clamp(min=1)
-        shares = sums[-1] / torch.stack([disc.sum(), ring.sum()])[:, None, None]
+        sums = torch.fft.irfft2(layers * torch.fft.rfft2(torch.stack([disc, ring])), s=pad)[..., :h, :w]  # (C+1,2,h,w)
+        count = sums[-1].round()
+        means = sums[:-1] / count.clamp(min=1)
+        shares = count / torch.stack([disc.sum(), ring.sum()])[:, None, None]
         contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
         discs.append((radius, contrast, (means[:, 0] - common[:, None, None]).norm(dim=0)))
 
