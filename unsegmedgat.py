@@ -88,7 +88,7 @@ class Config:
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
-    contour: float = setting(0.4, "level of the blurred mask that is its outline; 0: no blur", "ours", high=1)
+    contour: float = setting(0.05, "blur that smooths the mask's outline, in its radii; 0: none", "ours", high=1)
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
     seed: int = setting(0, "of the network's first parameters", "ours", high=2**32)
@@ -863,13 +863,10 @@ def clean_mask(mask, components):
     return mask
 
 
-def draw_contour(mask, level):
-    """A mask (H,W) bool whose outline is smooth, and at a level below 0.5 a little further out, as people draw it.
-
-    The mask is blurred by a tenth of its radius and cut at the level; 0 leaves it alone.
-    """
-    blur = ImageFilter.GaussianBlur(0.1 * math.sqrt(mask.sum() / math.pi))  # its standard deviation, px
-    return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 255 * level if level else mask
+def draw_contour(mask, contour):
+    """A mask (H,W) bool with a smooth outline, as people draw it: blurred by `contour` of its radii and cut at half."""
+    blur = ImageFilter.GaussianBlur(contour * math.sqrt(mask.sum() / math.pi))  # its standard deviation, px
+    return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 127
 
 
 # Log-odds added at the centre of a place that the user has given, where a sure cluster adds 3: objects fill the ellipse
