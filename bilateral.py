@@ -148,6 +148,8 @@ def solve(
         evidence = grid.splat(confidence * target[(..., *k)])  # (V,)
         mean = evidence.sum() / trust.sum() if trust.any() else target[(..., *k)].mean()
         start = np.divide(evidence, trust, out=np.full(grid.vertices, mean), where=trust > 0)
-        change, _ = cg(system, evidence - system @ start, rtol=tolerance, maxiter=iterations, M=precondition)
+        floor = 1e-12 * np.linalg.norm(diagonal * start)  # residuals below it are rounding: there is nothing to solve
+        how = dict(rtol=tolerance, atol=floor, maxiter=iterations, M=precondition)
+        change, _ = cg(system, evidence - system @ start, **how)
         solution[(..., *k)] = grid.slice(start + change)
     return solution

@@ -735,7 +735,7 @@ def score_all(pairs, rows, run):
         for stem, paths in pairs.items():
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
                 scenes.append([x.cpu() for x in Scene(stem, paths, run).look()[1:]])
-        passes = run.config.collective or min(5, run.config.epochs - 1)  # section III of the paper
+        passes = run.config.collective or min(5, run.config.epochs - 1)  # the paper's T0 for ISIC
         config = dataclasses.replace(run.config, collective=passes)
         shared = u.fit_collective(scenes, config, run.device, options.quiet or rank > 0)
         run.methods["unsegmedgatc"] = lambda features, adjacency, _: unsegmedgat(features, adjacency, config, shared)

@@ -11,7 +11,8 @@ graph attention network is optimised, for that image alone, until its clusters h
 
 After the settings the first half is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
 loss (6)-(8), fit. What follows is ours: where to look, `segment`, pictures and the command line. Of the paper's own
-steps the defaults change the residual in (3), the balance in (8) and the weights of the nodes in (1): see `Config`.
+steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
+stops: see `Config`; X in (5) is centred and scaled, which the paper leaves open: see `standardise`.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
 
@@ -77,9 +78,9 @@ class Config:
     clusters: int = setting(2, "K; above 2 the mask is the union of foreground clusters", "paper: a mask", 2, 256)
     activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", choices=tuple(ACTIVATIONS))
     residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
-    epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III", low=1)
+    epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III; ISIC: 300", low=1)
     settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0")
-    collective: int = setting(0, "T0, epochs that are passes with shared parameters", "paper: UnSegMedGATc")
+    collective: int = setting(0, "T0, how many of the epochs share parameters", "paper: 5 of 10; ColonDB 15 of 70")
     lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III", low=1e-9)
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper: none, so 1")
@@ -171,14 +172,14 @@ def load_image(source):
 
 
 def resize_image(rgb, size, stride=PATCH):
-    """Scale (H,W,3) uint8 so that the shorter side is `size` px and the longer a multiple of 8: (3,s,t) in [0,1].
+    """Scale (H,W,3) uint8 so that the shorter side is `size` px, both rounded to multiples of 8: (3,s,t) in [0,1].
 
     Returns the tensor and the grid (h,w) of its patches, which `upsample` undoes. Raises ImageError for a
     graph that would be too large.
     """
     height, width = rgb.shape[:2]
     scale = size / min(height, width)
-    s, t = (max(PATCH, round(side * scale / PATCH) * PATCH) for side in (height, width))
+    s, t = (round(side * scale / PATCH) * PATCH for side in (height, width))
     h, w = ((side - PATCH) // stride + 1 for side in (s, t))
     if h * w > MAX_NODES:
         raise ImageError(f"{width} x {height} pixels make {h * w:,} patches, over {MAX_NODES:,}: use a smaller size")
@@ -266,7 +267,7 @@ PATIENCE = 10  # s without an answer before a download is given up
 def fetch_dino(progress=True):
     """The path of DINO's backbone file: from torch.hub's cache, else downloaded once and then its SHA-256 checked.
 
-    Raises OSError when the download fails or the host is silent for 10 s, RuntimeError for another digest.
+    Raises OSError when the download fails, has another digest, or the host is silent for 10 s.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
     if path.is_file():
@@ -276,7 +277,7 @@ def fetch_dino(progress=True):
     socket.setdefaulttimeout(PATIENCE)  # torch.hub sets none
     try:
         torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: another digest
         raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({error})") from None
     finally:
         socket.setdefaulttimeout(before)
@@ -289,7 +290,7 @@ def load_dino(weights=None, branch="teacher", progress=True):
     weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
     branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
     Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
-    fetched, RuntimeError for another digest.
+    fetched.
     """
     if branch not in ("teacher", "student"):
         raise ValueError(f"branch must be teacher or student, got {branch!r}")
@@ -322,7 +323,7 @@ def load_dino(weights=None, branch="teacher", progress=True):
 
 
 def build_graph(features, tau, weights=None):
-    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); symmetric, 0 or above tau.
+    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); symmetric, 0 or above tau, A_ii = 1.
 
     weights (N,), optional: how much each node matters; A_ij is then multiplied by w_i w_j, and may be below tau. A node
     of weight 0 has no edges.
@@ -340,10 +341,12 @@ SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 class MaskedAttention(torch.autograd.Function):
     """alpha @ h for every head, where alpha = softmax over the neighbours j of LeakyReLU(s_i + t_j): eqs. (2), (3).
 
+    h are the paper's W h, one row a node, and s_i + t_j its a^T [W h_i || W h_j]. Plainly (`eval.plain_attention`):
+        e = leaky_relu(s[:, :, None] + t[:, None, :]).masked_fill(adjacency <= 0, -inf)
+        out = e.softmax(dim=2) @ h
     Rows of a softmax are independent, so blocks of rows that stay in cache are computed and dropped, forward and again
     backward: nothing N x N is kept but the graph. And LeakyReLU(e) = max(e, 0.2 e), so exp(LeakyReLU(s_i + t_j)) is
     the larger of two outer products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
-    The plain lines that this equals stand in eval.py (`plain_attention`).
     """
 
     @staticmethod
@@ -405,7 +408,7 @@ class GraphAttention(nn.Module):
     def __init__(self, in_features, out_features, heads, residual=True):
         super().__init__()
         self.heads, self.residual = heads, residual
-        self.W = nn.Linear(in_features, out_features, bias=False)
+        self.W = nn.Linear(in_features, out_features, bias=False)  # the heads' W^z of eq. (4), one below the other
         self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
         self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
         for parameter in self.parameters():
@@ -442,7 +445,10 @@ class UnSegMedGAT(nn.Module):
         self.second = nn.Linear(config.projection, config.clusters)
 
     def forward(self, features, adjacency):
-        """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1."""
+        """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1.
+
+        For the paper's normalised adjacency this gives the same: of an edge the layers only see that it is there.
+        """
         total = 0
         for layers, first in zip(self.series, self.first):
             x = features
@@ -459,8 +465,8 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     """L = -Q_g + b (sqrt(K)/n |sum_i C_i| - 1), eq. (8) at g = b = 1; a scalar.
 
     assignment C (N,K), adjacency A (N,N) symmetric. The modularity of eq. (6), here as eq. (7) with B = A - g d d^T/2m
-    never formed: Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2; 2m = sum(A), d the degrees; g is the resolution of
-    Reichardt and Bornholdt 2006.
+    never formed: Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2; 2m = sum(A), the paper's 2|E| of a weighted graph; d the
+    degrees; g the resolution of Reichardt and Bornholdt 2006.
     """
     n, k = assignment.shape
     degree = adjacency.sum(1)  # d: (N,)
@@ -633,8 +639,7 @@ def field_of_view(image):
     a, b = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH // 2).numpy()  # pen strokes are thinner than a cell
     light = np.kron(~dark, np.ones((2, 2), bool))
     a, b = a - np.median(a[light]), b - np.median(b[light])
-    coloured, ink = (F.max_pool2d(torch.from_numpy(x).float()[None], 2)[0].numpy() > 0
-                     for x in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))  # fmt: skip
+    coloured, ink = (x.reshape(h, 2, w, 2).any((1, 3)) for x in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))
     return torch.from_numpy(~(dark | touching(coloured & ~dark, 0.6, 0.35) | ink)).float()
 
 
@@ -707,7 +712,7 @@ def pick_device(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(torch.device(device).type, False):
+    if not available.get(str(device).partition(":")[0], False):
         raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
@@ -729,7 +734,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
     device = pick_device(device)
     try:
         model = load_dino(weights, branch, progress)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if backbone == "dino" or weights:
             raise
         log.warning(
@@ -809,7 +814,7 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     Raises ValueError for a box or point not in the image, or both.
     """
     height, width = rgb.shape[:2]
-    box, point = (None if hint is None else tuple(hint) for hint in (box, point))
+    box, point = (None if hint is None else tuple(np.asarray(hint).tolist()) for hint in (box, point))
     x0, y0, x1, y1 = box or (*point, point[0] + 1, point[1] + 1) if box or point else (0, 0, width, height)
     if box and point:
         raise ValueError("a box tells the place already: leave the point out")
@@ -883,7 +888,7 @@ def finish(view, assignment, config):
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
     core, seen = ((assignment * nodes[..., None]).sum((0, 1)) / nodes.sum().clamp(min=1)
                   for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
-    # How much commoner it is in the place than in the field of view. For K = 2 exactly one is above 0, unless they are
+    # How much commoner it is in the place than in the window. For K = 2 exactly one is above 0, unless they are
     # alike. The rule is ours, as the paper states none; no ground truth is involved.
     score = core / seen.clamp(min=1e-6) - 1
     assignment = assignment[..., score.argsort()]
@@ -913,7 +918,7 @@ def finish(view, assignment, config):
     # The likeliest cluster, of the foreground ones inside the mask and of the others outside it
     chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
     labels[y0:y1, x0:x1] = np.where(chosen, maps[..., 1:], -np.inf).argmax(2)
-    if config.invert:
+    if config.invert and background < config.clusters:  # without an object there is nothing to swap
         mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
         assignment = assignment.flip(2)
     return mask, probability, labels, assignment.numpy()
@@ -1016,8 +1021,7 @@ def explain(result, config):
     colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
     weights = node_weights(view, config.prior)
     node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * weights).argmax())
-    row = F.threshold(features @ features[node], config.tau, 0.0) * weights * weights[node]  # of A, eq. (1)
-    row = heat(row.unflatten(0, (h, w)).numpy())
+    row = heat(build_graph(features, config.tau, weights)[node].unflatten(0, (h, w)).numpy())
     row[np.unravel_index(node, (h, w))] = (0, 160, 255)
 
     scale = 256 / min(y1 - y0, x1 - x0)
@@ -1089,7 +1093,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="unsegmedgat.py",
         description="Unsupervised segmentation of medical photographs (UnSegMedGAT). Not a medical device.",
-        epilog="Exit code: 0 all done, 1 some image failed, 2 wrong use.",
+        epilog="Exit code: 0 all done, 1 some image failed, 2 wrong use, 130 interrupted. What is written is whole.",
     )
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
