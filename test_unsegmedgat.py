@@ -614,9 +614,10 @@ def test_resize_keeps_the_aspect_and_upsample_puts_every_patch_back_at_its_centr
     with pytest.raises(u.ImageError, match="patches"):
         u.resize_image(np.zeros((8, 20_000, 3), np.uint8), 224, stride)
     centres = np.mgrid[:h, :w].transpose(1, 2, 0) * stride + 4.0  # in the resized image
-    values = u.upsample(centres.astype(np.float32), stride, (2 * s, 2 * t), (s, t))
-    expected = np.mgrid[: 2 * s, : 2 * t].transpose(1, 2, 0) / 2 + 0.25  # a linear ramp stays one
-    np.testing.assert_allclose(values[8:-8, 8:-8], expected[8:-8, 8:-8], rtol=1e-5)
+    values = u.upsample(torch.from_numpy(centres).float(), stride)
+    expected = np.mgrid[:s, :t].transpose(1, 2, 0) + 0.5  # a linear ramp stays one
+    assert values.shape == (s, t, 2)
+    np.testing.assert_allclose(values[4:-4, 4:-4], expected[4:-4, 4:-4], rtol=1e-5)
 
 
 def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background():
@@ -628,13 +629,16 @@ def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background(
     assert not u.clean_mask(np.zeros((4, 4), bool), 1).any()
 
 
-def test_the_contour_is_that_of_the_blurred_mask():
-    y, x = np.mgrid[:80, :90]
-    mask = (abs(y - 40) < 20 + 2 * (x % 2)) & (abs(x - 45) < 25)  # with a ragged edge
-    blurred = ndimage.gaussian_filter(mask.astype(float), 0.1 * math.sqrt(mask.sum() / math.pi))
-    smooth = u.draw_contour(mask, 0.1)
-    assert iou(smooth, blurred > 0.5) > 0.98 and abs(np.diff(smooth.sum(0))[25:65]).max() < 2
-    assert np.array_equal(u.draw_contour(mask, 0), mask) and not u.draw_contour(mask & False, 0.1).any()
+@pytest.mark.parametrize("contour", [0.0, 3.0])
+def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour):
+    rgb = lesion(96, 96)[0]
+    view = view_of(rgb, place=(48.0, 43.0, 27.0, 24.0))
+    x = (view.core() + torch.rand(12, 12)) / 2
+    assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
+    raw, soft = (u.finish(view, assignment, u.Config(smoothness=5, refine=refine, contour=contour * refine))[1]
+                 for refine in (False, True))  # fmt: skip
+    expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, smoothness=5), contour)
+    np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
 
 
 @GPU
@@ -651,7 +655,7 @@ def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
     assert result.mask.shape == result.probability.shape == result.labels.shape == truth.shape
     assert (result.mask.dtype, result.probability.dtype, result.labels.dtype) == (bool, np.float32, np.uint8)
     assert iou(result.mask, truth) > 0.9 and result.modularity > 0.01 and result.backbone == "builtin"
-    assert result.probability[truth].mean() > 0.85 and result.probability[~truth].mean() < 0.05
+    assert result.probability[truth].mean() > 0.8 and result.probability[~truth].mean() < 0.05
     again = segment(Image.fromarray(rgb), size=96, stride=stride, window=4)
     assert np.array_equal(result.probability, again.probability) and result.view.grid == grid
     assert np.array_equal(inverse.mask, ~result.mask) and np.array_equal(inverse.labels, 1 - result.labels)
@@ -700,12 +704,13 @@ def test_the_ellipse_of_a_place_that_the_user_gave_settles_what_the_clusters_lea
 
 
 def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
-    view, config = view_of(np.zeros((160, 160, 3), np.uint8), place=(80.0, 40.0, 30.0, 30.0)), u.Config(refine=False)
+    view = view_of(np.zeros((160, 160, 3), np.uint8), place=(80.0, 40.0, 30.0, 30.0))
     view.valid[:, 10:] = 0
     share, masks = torch.where(view.core() > 0, 0.6, 0.1), []
     for frame in 0.0, 1.0:
         x = torch.where(view.valid > 0, share, frame)
-        masks.append(u.finish(view, torch.stack([1 - x, x], dim=2).flatten(0, 1), config)[0])
+        assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
+        masks.append(u.finish(view, assignment, u.Config(refine=False, contour=0.0))[0])
     assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
 
 

@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from torch import distributed, nn
 
@@ -88,8 +88,8 @@ class Config:
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
-    contour: float = setting(0.05, "blur that smooths the mask's outline, in its radii; 0: none", "ours", high=1)
+    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
+    contour: float = setting(3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours")
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
     seed: int = setting(0, "of the network's first parameters", "ours", high=2**32)
@@ -188,17 +188,10 @@ def resize_image(rgb, size, stride=PATCH):
     return (image[0] / 255).clamp(0, 1), (h, w)
 
 
-def upsample(values, stride, shape, size):
-    """Spread patch values (h,w,K) bilinearly over an image of shape (H,W), at the true patch centres: (H,W,K) numpy.
-
-    size: (s,t), the resized image's height and width that the patches were cut from.
-    """
-    weights = []  # two matrices that interpolate: (H,h) and (W,w)
-    for patches, pixels, resized in zip(values.shape[:2], shape, size):
-        centre = ((np.arange(pixels) + 0.5) * (resized / pixels) - PATCH / 2) / stride
-        weights.append(np.stack([np.interp(centre, np.arange(patches), row) for row in np.eye(patches)], axis=1))
-    rows, columns = (w.astype(np.float32) for w in weights)
-    return np.stack([rows @ values[..., k] @ columns.T for k in range(values.shape[2])], axis=-1)
+def upsample(values, stride):
+    """Spread patch values (h,w,K) bilinearly over the resized image that the patches were cut from: (s,t,K)."""
+    maps = F.interpolate(values.permute(2, 0, 1)[None], scale_factor=stride, mode="bilinear")  # around patch centres
+    return F.pad(maps, [(PATCH - stride) // 2] * 4, mode="replicate")[0].permute(1, 2, 0)
 
 
 # Features: the keys of DINO's last block -----------------------------------------------------------------------
@@ -868,12 +861,6 @@ def clean_mask(mask, components):
     return mask
 
 
-def draw_contour(mask, contour):
-    """A mask (H,W) bool with a smooth outline, as people draw it: blurred by `contour` of its radii and cut at half."""
-    blur = ImageFilter.GaussianBlur(contour * math.sqrt(mask.sum() / math.pi))  # its standard deviation, px
-    return np.asarray(Image.fromarray(mask).convert("L").filter(blur)) > 127
-
-
 # Log-odds added at the centre of a place that the user has given, where a sure cluster adds 3: objects fill the ellipse
 # in their box, or nearly, and are not far from a point.
 OVAL = {"box": 12, "point": 4}
@@ -882,8 +869,8 @@ OVAL = {"box": 12, "point": 4}
 def finish(view, assignment, config):
     """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    The foreground clusters are chosen, the soft assignment is upsampled and refined by the bilateral solver at the
-    image's own resolution, cluster by cluster for K > 2, then binarised, and the mask cleaned.
+    The foreground clusters are chosen, the soft assignment is upsampled to the resized window, refined there by the
+    bilateral solver, cluster by cluster for K > 2, and smoothed; then upsampled to the photograph, binarised, cleaned.
     """
     assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
     core, seen = ((assignment * nodes[..., None]).sum((0, 1)) / nodes.sum().clamp(min=1)
@@ -898,26 +885,29 @@ def finish(view, assignment, config):
         foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL[view.hint] * (1 - view.rho() / 1.05))
     foreground = foreground * view.allowed()
 
+    maps = upsample(torch.cat([foreground[..., None], assignment], dim=2), view.stride).numpy()  # (s,t,1+K)
+    targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
+    if config.refine:
+        guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
+        targets[:] = bilateral.solve(targets, guide, smoothness=config.smoothness)
+    targets[:] = ndimage.gaussian_filter(targets, (config.contour, config.contour, 0))  # the solver's cells are flat
+
     y0, x0, y1, x1 = view.window
-    rgb, inside = view.rgb[y0:y1, x0:x1], np.ones((y1 - y0, x1 - x0), bool)  # H' and W', of the window
+    size = y1 - y0, x1 - x0  # H' and W', of the window
+    maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
+    maps = F.interpolate(maps, size=size, mode="bilinear", antialias=True)[0].numpy()  # (1+K,H',W')
+    soft = maps[0].clip(0, 1)
     if view.hint == "box":
-        y, x, ry, rx = view.place
-        inside[:] = False
-        inside[round(y - ry) - y0 : round(y + ry) - y0, round(x - rx) - x0 : round(x + rx) - x0] = True
-    maps = torch.cat([foreground[..., None], assignment], dim=2).numpy()
-    maps = upsample(maps, view.stride, rgb.shape[:2], view.image.shape[1:])  # (H',W',1+K)
-    maps[..., 0] *= inside
-    if config.refine:  # for K = 2 one target is enough
-        targets = np.s_[..., : 1 if config.clusters == 2 else None]
-        maps[targets] = bilateral.solve(maps[targets], rgb, smoothness=config.smoothness)
-    soft = maps[..., 0].clip(0, 1) * inside
+        (y, x, ry, rx), inside = view.place, np.zeros(size)
+        inside[round(y - ry) - y0 : round(y + ry) - y0, round(x - rx) - x0 : round(x + rx) - x0] = 1
+        soft *= inside
 
     mask, probability, labels = (np.zeros(view.rgb.shape[:2], kind) for kind in (bool, np.float32, np.uint8))
     probability[y0:y1, x0:x1] = soft
-    mask[y0:y1, x0:x1] = clean_mask(draw_contour(soft > 0.5, config.contour), config.components) & inside
+    mask[y0:y1, x0:x1] = clean_mask(soft > 0.5, config.components)
     # The likeliest cluster, of the foreground ones inside the mask and of the others outside it
-    chosen = (np.arange(config.clusters) >= background) == mask[y0:y1, x0:x1, None]
-    labels[y0:y1, x0:x1] = np.where(chosen, maps[..., 1:], -np.inf).argmax(2)
+    chosen = (np.arange(config.clusters) >= background)[:, None, None] == mask[y0:y1, x0:x1]
+    labels[y0:y1, x0:x1] = np.where(chosen, maps[1:], -np.inf).argmax(0)
     if config.invert and background < config.clusters:  # without an object there is nothing to swap
         mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
         assignment = assignment.flip(2)
@@ -929,7 +919,7 @@ class Segmentation:
     """What `segment` returns; H, W are the image's own size after its EXIF rotation."""
 
     mask: np.ndarray  # (H,W) bool, the object
-    probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning and contour
+    probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning
     labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from surest background to surest object, as in `finish`
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
     view: View  # the window that was looked at, and the place
