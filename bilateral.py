@@ -27,10 +27,10 @@ class BilateralGrid:
     """The occupied cells of a grid over (row, column, luma, chroma, chroma), and their blur (section 2.1).
 
     guide: (H,W,3) uint8, RGB. sigma_spatial in pixels, sigma_luma and sigma_chroma in grey levels: the sides of a cell.
-    Raises ValueError for another shape or type, or a sigma that is not a positive number.
+    Raises ValueError for another shape or type, or a sigma that is no number of at least 1e-9.
 
     A cell's five integer coordinates become one integer in mixed radix, so that two cells never share a
-    key, whatever the size of the image. Every radix has one value to spare, which no pixel takes: the key
+    key, whatever the size of the image. Every radix has a value to spare, which no pixel takes: the key
     plus one step along an axis is then either that neighbour's key or nobody's, with no wrapping round.
     """
 
@@ -40,12 +40,12 @@ class BilateralGrid:
             raise ValueError(f"guide must be a (H,W,3) uint8 RGB image, got shape {guide.shape} of {guide.dtype}")
         sigmas = {"sigma_spatial": sigma_spatial, "sigma_luma": sigma_luma, "sigma_chroma": sigma_chroma}
         for name, sigma in sigmas.items():
-            if not 0 < sigma < np.inf:
-                raise ValueError(f"{name} must be a positive number, got {sigma}")
+            if not 1e-9 <= sigma < np.inf:
+                raise ValueError(f"{name} must be a number of at least 1e-9, got {sigma}")
         self.shape = height, width = guide.shape[:2]
         row = (np.arange(height) / sigma_spatial).astype(np.int64)
         column = (np.arange(width) / sigma_spatial).astype(np.int64)
-        luma_bins, chroma_bins = int(255 / sigma_luma) + 2, int(256 / sigma_chroma) + 2
+        luma_bins, chroma_bins = int(255 / sigma_luma) + 3, int(256 / sigma_chroma) + 3  # one for rounding
         # The size of one step along (row, column, luma, u, v) in the key, the last axis fastest.
         steps = np.cumprod([1, chroma_bins, chroma_bins, luma_bins, int(column[-1]) + 2], dtype=object)[::-1]
         if steps[0] * (int(row[-1]) + 2) >= 2**63:

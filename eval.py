@@ -33,7 +33,7 @@ import sys
 import time
 import timeit
 import zlib
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -399,7 +399,7 @@ PROTOCOLS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What one evaluation is made of."""
 
@@ -485,7 +485,7 @@ class Scene:
 
 def evaluate(stem, paths, rows, run):
     """Score some rows on one image: {row: {metric: float, "seconds": float, "error": text, empty if all went well}}."""
-    found, scores = {}, {}
+    made, scores = {}, {}
     try:
         scene = Scene(stem, paths, run)
         for row in rows:
@@ -493,23 +493,19 @@ def evaluate(stem, paths, rows, run):
                 if row in run.methods:
                     scene.graph  # what all rows share is not counted
                 start = time.perf_counter()
-                found[row] = scene.masks(row), time.perf_counter() - start
+                made[row] = scene.masks(row), time.perf_counter() - start
             except Exception as error:
                 log.error("%s: %s: %s", paths[0], row, u.reason(error))
-                found[row] = error
+                scores[row] = WORST | {"seconds": 0.0, "error": u.reason(error)}
         truth = scene.truth[scene.scored]
         if not truth.any():
             log.warning("%s: the ground truth is empty; only an empty mask scores 1, any other 0", paths[1])
     except Exception as error:
         log.error("%s: %s", paths[0], u.reason(error))
-        found = dict.fromkeys(rows, error)
-    for row in rows:
-        if isinstance(found[row], Exception):
-            scores[row] = WORST | {"seconds": 0.0, "error": u.reason(found[row])}
-        else:
-            masks, seconds = found[row]
-            best = max((metrics(mask, truth, run.options.tolerance) for mask in masks), key=lambda s: s["iou"])
-            scores[row] = best | {"seconds": seconds, "error": ""}
+        return dict.fromkeys(rows, WORST | {"seconds": 0.0, "error": u.reason(error)})
+    for row, (masks, seconds) in made.items():
+        best = max((metrics(mask, truth, run.options.tolerance) for mask in masks), key=lambda s: s["iou"])
+        scores[row] = best | {"seconds": seconds, "error": ""}
     return scores
 
 
@@ -532,13 +528,12 @@ def begin_csv(path, fingerprints):
     lines = [line for line in csv.DictReader(io.StringIO(text)) if line["error"] == ""]
     for row, settings in {(line["method"], line["settings"]) for line in lines}:
         if settings != fingerprints.get(row, settings):
-            raise ValueError(f"{path}: holds {row} with other settings; give the same ones, or another file")
+            raise ValueError(f"{path}: holds {row} with other settings, folders or (unsegmedgatc) images; name another")
     with u.whole(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    numbers = {name: float for name in (*METRICS, "seconds")} | {"error": str}
-    return {(line["image"], line["method"]): {name: of(line[name]) for name, of in numbers.items()} for line in lines}
+    return {(line["image"], line["method"]): {m: float(line[m]) for m in METRICS} | {"error": ""} for line in lines}
 
 
 def summarise(scores, stems, rows, labels, seed):
@@ -564,9 +559,7 @@ def summarise(scores, stems, rows, labels, seed):
 
 
 # Table I of the paper: (mIoU, Dice) in %
-REFERENCE_ROWS = (
-    "UnSegMedGATc", "UnSegMedGAT", "UnSeGArmaNet", "UnSegGNet", "MedSAM", "MinCutPool", "DSM", "ViT-KMeans",
-)  # fmt: skip
+REFERENCE_ROWS = "UnSegMedGATc UnSegMedGAT UnSeGArmaNet UnSegGNet MedSAM MinCutPool DSM ViT-KMeans".split()
 REFERENCES = {
     "isic2018": ((74.76, 85.17), (73.75, 84.34), (73.16, 83.16), (73.94, 84.12),
                  (61.36, 73.06), (72.31, 83.24), (72.2, 81.71), (68.6, 78.37)),
@@ -646,7 +639,7 @@ def build_parser():
     add("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="A,B",
         help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
     add("--predictions", type=lambda text: text.partition("=")[::2], action="append", default=[], metavar="NAME=FOLDER",
-        help="also score these masks, made elsewhere; may be given several times")  # fmt: skip
+        help="also score these masks (no probabilities), made elsewhere; may be given several times")  # fmt: skip
     add("--preset", choices=["official", *u.PRESETS],
         help="the authors' code's settings, or the paper's; other flags still count")  # fmt: skip
     add("--squash", action=argparse.BooleanOptionalAction, default=False,
@@ -735,10 +728,8 @@ def score_all(pairs, rows, run):
         for stem, paths in pairs.items():
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
                 scenes.append([x.cpu() for x in Scene(stem, paths, run).look()[1:]])
-        passes = run.config.collective or min(5, run.config.epochs - 1)  # the paper's T0 for ISIC
-        config = dataclasses.replace(run.config, collective=passes)
-        shared = u.fit_collective(scenes, config, run.device, options.quiet or rank > 0)
-        run.methods["unsegmedgatc"] = lambda features, adjacency, _: unsegmedgat(features, adjacency, config, shared)
+        shared = u.fit_collective(scenes, run.config, run.device, options.quiet or rank > 0)
+        run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
     share, ours = list(todo)[rank::world], {}
     bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
     with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -792,10 +783,13 @@ def run_evaluation(options):
     """Score what the options ask for and print the table; returns the exit code. Raises errors for wrong use."""
     check(options)
     config, device = u.config_from(options), u.pick_device(options.device)
+    if "unsegmedgatc" in options.methods and not config.collective:
+        config = dataclasses.replace(config, collective=min(5, config.epochs - 1))  # the paper's T0 for ISIC
     u.gather(None)  # no rank writes before every rank has looked what exists
     pairs, alone = pair_files(options.images, options.masks)
     for path in alone:
         log.warning("%s: has no partner and is left out", path)
+    predictions = {name: by_stem(files_below(Path(folder)), pairs) for name, folder in options.predictions}
     if options.limit:
         stems = list(pairs)
         spread = np.linspace(0, len(stems) - 1, min(options.limit, len(stems))).round().astype(int)
@@ -807,7 +801,6 @@ def run_evaluation(options):
         backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
-    predictions = {name: by_stem(files_below(Path(folder)), pairs) for name, folder in options.predictions}
     run = Run(options, config, backbone, device, {name: METHODS[name] for name in options.methods}, predictions)
     rows = [*run.methods, *predictions, LOCATED, *free_rows(options.protocol, (1, 1), (0, 0, 1, 1))]
     scores = score_all(pairs, rows, run)
@@ -869,26 +862,27 @@ def bench_graph(n, device):
     """One column of the stages' table: a dictionary."""
     device, (size, stride) = u.pick_device(device), SIZES[n]
     config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), photograph(size, size)
-    _, features, weights = u.look(rgb, config, backbone, device)
+    view, features, weights = u.look(rgb, config, backbone, device)
     adjacency = u.build_graph(features, config.tau, weights)
     x = u.standardise(features, adjacency)
     network, optimizer = u.new_network(x.shape[1], config, device)
 
     def epoch():
-        u.gradients(network, x, adjacency, config)
-        optimizer.step()
+        u.step(network, optimizer, x, adjacency, config)
 
     name, ours = f"epoch, {config.heads} heads", seconds(epoch)
     start = time.perf_counter()
-    epochs, settled = len(u.fit(features, adjacency, config)[1]), time.perf_counter() - start
+    assignment, losses, _ = u.fit(features, adjacency, config)
+    settled = time.perf_counter() - start
     column = {
         "N": n,
         "features and place, ms": 1e3 * seconds(lambda: u.look(rgb, config, backbone, device)),
         "graph, ms": 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights)),
         "edges, of N x N": float((adjacency > 0).float().mean()),
         f"{name}, ms": 1e3 * ours,
-        "epochs until settled": epochs,
+        "epochs until settled": len(losses),
         "fit, s": settled,
+        "refinement, ms": 1e3 * seconds(lambda: u.finish(view, assignment, config)),
         "peak memory, GiB": peak_memory(),
     }
     blockwise, u.MaskedAttention.apply = u.MaskedAttention.apply, plain_attention
@@ -915,15 +909,15 @@ def use_geometric(network, adjacency):
             layers[number] = theirs.to(adjacency.device)
 
 
-def bench_refinement(megapixels, device):
-    """One column of the refinement's table: a dictionary. It runs on the CPU, whatever the device."""
+def bench_solver(megapixels, device):
+    """One column of the table of bilateral.py alone, on whole photographs: a dictionary. It runs on the CPU."""
     height = round(math.sqrt(megapixels * 1e6 * 3 / 4))
     guide = photograph(height, height * 4 // 3)
     target = (guide[..., 1] < 130).astype(float)
     return {
         "megapixels": megapixels,
         "grid, s": seconds(lambda: bilateral.BilateralGrid(guide), 1),
-        "whole refinement, s": seconds(lambda: bilateral.solve(target, guide), 1),
+        "solve, s": seconds(lambda: bilateral.solve(target, guide), 1),
         "peak memory, GiB": peak_memory(),
     }
 
@@ -932,17 +926,17 @@ def bench(argv):
     """`python eval.py bench`: print what each stage costs on this machine. Returns the exit code."""
     parser = argparse.ArgumentParser("eval.py bench", description="Time the stages on a drawn image, no files needed.")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="only the smallest sizes")
     options = parser.parse_args(argv)
     device = u.pick_device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    spawn = multiprocessing.get_context("spawn")
     print(f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
           f"NumPy {np.__version__}")  # fmt: skip
-    for function, sizes in [(bench_graph, SIZES), (bench_refinement, MEGAPIXELS)]:
+    for function, sizes in [(bench_graph, SIZES), (bench_solver, MEGAPIXELS)]:
         columns = []
-        for size in list(sizes)[: 1 if options.quick else None]:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose peak memory is this column's
-                columns.append(pool.apply(function, (size, str(device))))
+        for size in sizes:
+            with ProcessPoolExecutor(1, spawn) as pool:  # whose peak memory is this column's
+                columns.append(pool.submit(function, size, str(device)).result())
         cells = {name: [f"{column[name]:.4g}" if name in column else "" for column in columns] for name in columns[0]}
         print("\n" + as_table([[name, *numbers] for name, numbers in cells.items()]))
     return 0

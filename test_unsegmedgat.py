@@ -7,16 +7,17 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing.dummy
-import multiprocessing.pool  # before get_context is replaced
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: on inputs so small, threads that wait for each other cost more
 
@@ -301,9 +302,9 @@ def test_lab_of_known_colours():
 def view_of(rgb, window=None, place=None, stride=8):
     """A View of a photograph, or a window of it, at its own size."""
     y0, x0, y1, x1 = window = window or (0, 0, *rgb.shape[:2])
-    image, grid = u.resize_image(rgb[y0:y1, x0:x1], min(y1 - y0, x1 - x0), stride)
+    image = u.resize_image(rgb[y0:y1, x0:x1], min(y1 - y0, x1 - x0), stride)
     valid = torch.ones(rgb.shape[0] // 8, rgb.shape[1] // 8)
-    return u.View(rgb, window, image, grid, stride, valid, place)
+    return u.View(rgb, window, image, stride, valid, place)
 
 
 # Ours: where the object is, and what it looks like -------------------------------------------------------------
@@ -456,10 +457,8 @@ BAD_WEIGHTS = {  # how a file is made from a good state_dict, and what is said o
 def test_bad_weights_are_refused_with_the_reason(dino_files, tmp_path, capsys, photo, caplog, write, says):
     path = tmp_path / "bad.pth"
     write(path, dino_files[1]["teacher"])
-    with pytest.raises(ValueError, match=says):
-        u.load_dino(path)
     assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), "--weights", str(path)]) == 2
-    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+    assert len(caplog.messages) == 1 and re.search(says, caplog.messages[0]) and "\n" not in caplog.messages[0]
     assert "code in a pickle has run" not in capsys.readouterr().out
     assert not (tmp_path / "mask.png").exists()
 
@@ -609,8 +608,9 @@ def test_transparency_is_laid_on_white_exif_turns_the_image_and_arrays_are_image
 def test_resize_keeps_the_aspect_and_upsample_puts_every_patch_back_at_its_centre(stride):
     s, t = 64, 96
     rgb = np.zeros((2 * s, 2 * t, 3), np.uint8)
-    image, (h, w) = u.resize_image(rgb, s, stride)
-    assert image.shape == (3, s, t) and (h, w) == ((s - 8) // stride + 1, (t - 8) // stride + 1)
+    h, w = u.patch_grid((s, t), stride)
+    assert u.resize_image(rgb, s, stride).shape == (3, s, t)
+    assert F.unfold(torch.zeros(1, 1, s, t), 8, stride=stride).shape[2] == h * w and (t - s) // stride == w - h
     with pytest.raises(u.ImageError, match="patches"):
         u.resize_image(np.zeros((8, 20_000, 3), np.uint8), 224, stride)
     centres = np.mgrid[:h, :w].transpose(1, 2, 0) * stride + 4.0  # in the resized image
@@ -1130,12 +1130,12 @@ def test_two_processes_of_torchrun_print_the_same_table_and_a_failed_image_count
 
 @pytest.mark.parametrize(
     "flags, order, given, seen",
-    [("blind", ["fit", "truth"], {}, (96, 128)),
-     ("point", ["truth", "fit"], {"point": (58, 48)}, (96, 128)),
-     ("box", ["truth", "fit"], {"box": (26, 22, 90, 75)}, (96, 128)),
-     ("box --jitter 3", ["truth", "fit"], {"box": (26, 22, 90, 75)}, (96, 128)),
-     ("official", ["truth", "fit"], {}, (93, 104)),
-     ("official --squash", ["truth", "fit"], {}, (64, 64))],
+    [("blind", ["fit", "load_mask"], {}, (96, 128)),
+     ("point", ["load_mask", "fit"], {"point": (58, 48)}, (96, 128)),
+     ("box", ["load_mask", "fit"], {"box": (26, 22, 90, 75)}, (96, 128)),
+     ("box --jitter 3", ["load_mask", "fit"], {"box": (26, 22, 90, 75)}, (96, 128)),
+     ("official", ["load_mask", "fit"], {}, (93, 104)),
+     ("official --squash", ["load_mask", "fit"], {}, (64, 64))],
 )  # fmt: skip
 def test_what_each_protocol_gives_away_and_that_blind_masks_are_made_before_the_truth_is_read(
     dataset, score, tmp_path, monkeypatch, capsys, flags, order, given, seen
@@ -1143,22 +1143,15 @@ def test_what_each_protocol_gives_away_and_that_blind_masks_are_made_before_the_
     (tmp_path / "inverse").mkdir()
     for n in range(3):
         Image.fromarray(~lesion()[1]).save(tmp_path / "inverse" / f"s{n}_1.png")
-    read, looked, protocol = [], [], flags.split()[0]
-
-    def recorded(what, function):
-        return lambda *arguments: read.append(what) or function(*arguments)
-
-    def look(rgb, config, backbone, device, **hint):
-        looked.append((rgb.shape[:2], hint))
-        return u_look(rgb, config, backbone, device, **hint)
-
-    u_look = u.look
-    monkeypatch.setattr(u, "look", look)
-    monkeypatch.setattr(u, "fit", recorded("fit", u.fit))
-    monkeypatch.setattr(evaluator, "load_mask", recorded("truth", evaluator.load_mask))
-    assert score("--methods", "unsegmedgat", "--protocol", *flags.split())[0] == 0 and read == order * 3
-    for size, hint in looked:
-        assert size == seen and hint.keys() == given.keys()
+    calls, protocol = mock.Mock(), flags.split()[0]
+    for module, name in (u, "look"), (u, "fit"), (evaluator, "load_mask"):
+        spy = mock.Mock(wraps=getattr(module, name))
+        calls.attach_mock(spy, name)
+        monkeypatch.setattr(module, name, spy)
+    assert score("--methods", "unsegmedgat", "--protocol", *flags.split())[0] == 0
+    assert [name for name, *_ in calls.mock_calls if name != "look"] == order * 3
+    for _, (rgb, *_), hint in calls.look.mock_calls:
+        assert rgb.shape[:2] == seen and hint.keys() == given.keys()
         moved = np.abs([np.subtract(hint[name], given[name]) for name in given]).max(initial=0)
         assert 0 < moved <= 3 if "jitter" in flags else moved == 0
     assert ("USES GROUND TRUTH" in capsys.readouterr().out) == (protocol != "blind")
@@ -1232,9 +1225,9 @@ def test_wrong_use_of_the_evaluator(score, caplog, flags, says):
 
 
 def test_the_benchmark_prints_both_tables(monkeypatch, capsys):
-    monkeypatch.setattr(evaluator.multiprocessing, "get_context", lambda *_: multiprocessing.dummy)  # in this process
+    monkeypatch.setattr(evaluator, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # in this process
     monkeypatch.setattr(evaluator, "SIZES", {49: (56, 8)})
     monkeypatch.setattr(evaluator, "MEGAPIXELS", (0.02,))
     assert evaluator.main(["bench", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
-    assert "| epoch, 4 heads: plain autograd, x ours | " in table and "| whole refinement, s | " in table
+    assert "| epoch, 4 heads: plain autograd, x ours | " in table and "| solve, s | " in table

@@ -29,11 +29,11 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ class Config:
             object.__setattr__(self, "widths", tuple(self.widths))
         for field in dataclasses.fields(self):
             name, value, kind, info = field.name, getattr(self, field.name), type(field.default), field.metadata
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # a bool is an int in Python
+            number = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
             for good, want in [
                 (kind is not bool or isinstance(value, bool), "True or False"),
                 (kind not in (int, float) or number and info["low"] <= value < info["high"],
@@ -114,8 +114,8 @@ class Config:
                     raise ValueError(f"{name} must be {want}, got {value!r}")
 
 
-# What the paper does, as far as it says, and the authors' code where it does not. Place, window and field of view stay,
-# as the paper's own figures are of images cropped to the object, and so does the scale of X, which it leaves open.
+# What the paper does, as far as it says, and the solver of the authors' code. Place, window and field of view stay, as
+# the paper's own figures are of images cropped to the object, and so do heads and the scale of X, which it leaves open.
 PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
                      "contour": 0.0}}  # fmt: skip
 
@@ -171,21 +171,25 @@ def load_image(source):
     return rgb
 
 
+def patch_grid(sides, stride):
+    """How many patches there are along the sides of an image, px: (h,w)."""
+    return tuple((side - PATCH) // stride + 1 for side in sides)
+
+
 def resize_image(rgb, size, stride=PATCH):
     """Scale (H,W,3) uint8 so that the shorter side is `size` px, both rounded to multiples of 8: (3,s,t) in [0,1].
 
-    Returns the tensor and the grid (h,w) of its patches, which `upsample` undoes. Raises ImageError for a
-    graph that would be too large.
+    Raises ImageError where its patches, so many px apart, would make too large a graph.
     """
     height, width = rgb.shape[:2]
     scale = size / min(height, width)
     s, t = (round(side * scale / PATCH) * PATCH for side in (height, width))
-    h, w = ((side - PATCH) // stride + 1 for side in (s, t))
-    if h * w > MAX_NODES:
-        raise ImageError(f"{width} x {height} pixels make {h * w:,} patches, over {MAX_NODES:,}: use a smaller size")
+    nodes = math.prod(patch_grid((s, t), stride))
+    if nodes > MAX_NODES:
+        raise ImageError(f"{width} x {height} pixels make {nodes:,} patches, over {MAX_NODES:,}: use a smaller size")
     image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
     image = F.interpolate(image, size=(s, t), mode="bilinear", antialias=True, align_corners=False)
-    return (image[0] / 255).clamp(0, 1), (h, w)
+    return (image[0] / 255).clamp(0, 1)
 
 
 def upsample(values, stride):
@@ -206,7 +210,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def qkv(self, x):
         """Queries, keys and values of T tokens, before the split into heads: (B,T,C) -> (B,T,3C)."""
@@ -216,7 +220,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B,H,T,C/H)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,C/H), with no T x T matrix in memory
         x = x + self.attn["proj"](attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
@@ -250,66 +254,6 @@ class VisionTransformer(nn.Module):
             x = block(x)
         _, keys, _ = self.blocks[-1].qkv(x).chunk(3, dim=2)  # the last block's keys
         return keys[:, 1:]  # (B,N,C), without the class token
-
-
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
-DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
-PATIENCE = 10  # s without an answer before a download is given up
-
-
-def fetch_dino(progress=True):
-    """The path of DINO's backbone file: from torch.hub's cache, else downloaded once and then its SHA-256 checked.
-
-    Raises OSError when the download fails, has another digest, or the host is silent for 10 s.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)  # torch.hub sets none
-    try:
-        torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another digest
-        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({error})") from None
-    finally:
-        socket.setdefaulttimeout(before)
-    return path
-
-
-def load_dino(weights=None, branch="teacher", progress=True):
-    """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
-
-    weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
-    branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
-    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
-    fetched.
-    """
-    if branch not in ("teacher", "student"):
-        raise ValueError(f"branch must be teacher or student, got {branch!r}")
-    path, model = Path(weights) if weights else fetch_dino(progress), VisionTransformer()
-    try:
-        if zipfile.is_zipfile(path):  # what torch.save writes: it has a CRC of each tensor, which torch does not check
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"damaged at {damaged}")
-        # The full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if branch in state:  # the full checkpoint, whose branches also have a head
-            names = [name for name in state[branch] if "backbone." in name]
-            state = {name.rpartition("backbone.")[2]: state[branch][name] for name in names}
-        elif branch == "student":
-            raise ValueError("there is no student in it; only the full checkpoint holds both branches")
-        model.load_state_dict(state)
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite numbers; fetch the file anew")
-    except Exception as error:  # of many kinds: no file, not a checkpoint, code in it, another network
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: cannot be loaded safely as DINO's ViT-S/8: {why}") from None
-    return model.eval().requires_grad_(False)
 
 
 # Graph, eq. (1) ------------------------------------------------------------------------------------------------
@@ -350,7 +294,7 @@ class MaskedAttention(torch.autograd.Function):
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
             weight = u[:, block, None] * v[:, None]
-            torch.maximum(weight, u_slope[:, block, None] * v_slope[:, None], out=weight)
+            torch.maximum(weight, u_slope[:, block, None] * v_slope[:, None], out=weight)  # eq. (2)'s numerator
             yield block, weight.mul_(adjacency[block].clamp(min=0).sign_())  # a product is faster than a selection
 
     @staticmethod
@@ -451,6 +395,20 @@ class UnSegMedGAT(nn.Module):
         return self.second(total).softmax(dim=1)  # C: (N,K)
 
 
+LENGTH = 4  # root mean square of the rows' lengths of X
+
+
+def standardise(features, adjacency):
+    """The node features X (N,C) from f (N,C): less their mean, which tells no nodes apart, with rows of length about 4.
+
+    The paper leaves the scale open. A common part longer than the differences, as DINO's keys have one, saturates the
+    softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
+    """
+    share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
+    x = features - share @ features
+    return x * (LENGTH / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
+
+
 # Loss, eqs. (6) to (8), and the fit ----------------------------------------------------------------------------
 
 
@@ -470,37 +428,24 @@ def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
     return -(within - resolution * expected) + balance * collapse  # eqs. (7), (8)
 
 
-LENGTH = 4  # root mean square of the rows' lengths of X
-
-
-def standardise(features, adjacency):
-    """The node features X (N,C) from f (N,C): less their mean, which tells no nodes apart, with rows of length about 4.
-
-    The paper leaves the scale open. A common part longer than the differences, as DINO's keys have one, saturates the
-    softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
-    """
-    share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
-    x = features - share @ features
-    return x * (LENGTH / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
-
-
 SEEDING = threading.Lock()  # torch's random state is one for all threads
 
 
 def new_network(in_features, config, device):
     """The seeded network and its optimiser."""
     with SEEDING, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+        torch.default_generator.manual_seed(int(config.seed))  # a NumPy one too
         network = UnSegMedGAT(in_features, config).to(device)
     return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
 
-def gradients(network, features, adjacency, config):
-    """Leave the loss's gradients for X (N,C) in the network's parameters; returns the loss, a scalar tensor."""
+def step(network, optimizer, features, adjacency, config):
+    """One step of the optimiser on X (N,C) and its graph; returns the loss before it."""
     loss = modularity_loss(network(features, adjacency), adjacency, config.resolution, config.balance)
-    network.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    return loss.detach()
+    optimizer.step()
+    return loss.item()
 
 
 COMMUNITIES = 1e-4  # modularity below which there are none: the built-in colours then differ by 5 grey levels or less
@@ -522,8 +467,7 @@ def fit(features, adjacency, config=Config(), shared=None):
         epochs -= config.collective
     losses, uniform = [], (config.resolution - 1) / config.clusters  # the loss of the uniform assignment
     for _ in range(epochs):
-        losses.append(gradients(network, x, adjacency, config).item())
-        optimizer.step()
+        losses.append(step(network, optimizer, x, adjacency, config))
         gain = uniform - losses[-1]
         begun = len(losses) > 3 and gain > COMMUNITIES  # around the uniform assignment the loss is level
         if config.settled and begun and losses[-4] - losses[-1] < config.settled * gain:
@@ -551,8 +495,7 @@ def fit_collective(images, config=Config(), device="cpu", quiet=True):
         for features, weights in images * config.collective:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, weights.to(device))
-            gradients(network, standardise(features, adjacency), adjacency, config)
-            optimizer.step()
+            step(network, optimizer, standardise(features, adjacency), adjacency, config)
             bar.update(1)
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
@@ -643,11 +586,15 @@ class View:
     rgb: np.ndarray  # (H,W,3) uint8, the whole photograph
     window: tuple  # (y0, x0, y1, x1) px, ends excluded, what is looked at
     image: torch.Tensor  # (3,s,t) in [0,1], the window resized
-    grid: tuple  # (h,w) patches
     stride: int  # px between patches
     valid: torch.Tensor  # (rows,columns) over the whole photograph, 0 where no object can be; all 1 for a box
     place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
     hint: str = ""  # "box" or "point", where the user has given it
+
+    @property
+    def grid(self):
+        """The number of its patches: (h,w)."""
+        return patch_grid(self.image.shape[1:], self.stride)
 
     def centres(self):
         """Centres of the patches: (h,1) and (1,w), in px of the photograph."""
@@ -685,7 +632,7 @@ def builtin_descriptors(view):
     Colours are deviations from the background's. The constant fourth feature keeps patches of nearly its colour alike,
     whatever the noise in them, and lets large deviations saturate: eq. (1) compares directions.
     """
-    cells = dataclasses.replace(view, stride=PATCH, grid=tuple(side // PATCH for side in view.image.shape[1:]))
+    cells = dataclasses.replace(view, stride=PATCH)
     background = cells.rho() > 1 if view.place else border_weight(*cells.grid)
     lab = even_light(rgb_to_lab(view.image), background * cells.allowed() + 1e-3)
     colours = F.avg_pool2d(lab, PATCH, view.stride).flatten(1).T  # (N,3)
@@ -710,6 +657,66 @@ def pick_device(device):
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
+PATIENCE = 10  # s without an answer before a download is given up
+
+
+def fetch_dino(progress=True):
+    """The path of DINO's backbone file: from torch.hub's cache, else downloaded once and then its SHA-256 checked.
+
+    Raises OSError when the download fails, has another digest, or the host is silent for 10 s.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)  # torch.hub sets none
+    try:
+        torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
+    except (OSError, RuntimeError) as error:  # RuntimeError: another digest
+        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({error})") from None
+    finally:
+        socket.setdefaulttimeout(before)
+    return path
+
+
+def load_dino(weights=None, branch="teacher", progress=True):
+    """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
+
+    weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
+    branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
+    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
+    fetched.
+    """
+    if branch not in ("teacher", "student"):
+        raise ValueError(f"branch must be teacher or student, got {branch!r}")
+    path, model = Path(weights) if weights else fetch_dino(progress), VisionTransformer()
+    try:
+        if zipfile.is_zipfile(path):  # what torch.save writes: it has a CRC of each tensor, which torch does not check
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"damaged at {damaged}")
+        # The full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if branch in state:  # the full checkpoint, whose branches also have a head
+            names = [name for name in state[branch] if "backbone." in name]
+            state = {name.rpartition("backbone.")[2]: state[branch][name] for name in names}
+        elif branch == "student":
+            raise ValueError("there is no student in it; only the full checkpoint holds both branches")
+        model.load_state_dict(state)
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite numbers; fetch the file anew")
+    except Exception as error:  # of many kinds: no file, not a checkpoint, code in it, another network
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: cannot be loaded safely as DINO's ViT-S/8: {why}") from None
+    return model.eval().requires_grad_(False)
+
+
 @functools.lru_cache(maxsize=1)
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
     """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
@@ -728,7 +735,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
     try:
         model = load_dino(weights, branch, progress)
     except OSError as error:
-        if backbone == "dino" or weights:
+        if backbone == "dino":  # with weights given it is a ValueError
             raise
         log.warning(
             "DINO's weights could not be had: %s. Using the built-in colour descriptors instead; "
@@ -781,7 +788,7 @@ def locate(features, valid, point=None):
         sums = torch.fft.irfft2(layers * torch.fft.rfft2(torch.stack([disc, ring])), s=pad)[..., :h, :w]  # (C+1,2,h,w)
         count = sums[-1].round()
         means = sums[:-1] / count.clamp(min=1)
-        shares = count / torch.stack([disc.sum(), ring.sum()])[:, None, None]
+        shares = count / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # no ring in a tiny grid
         contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
         discs.append((radius, contrast, (means[:, 0] - common[:, None, None]).norm(dim=0)))
 
@@ -796,6 +803,12 @@ def locate(features, valid, point=None):
     return best(torch.stack([r**power * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
 
 
+def node_weights(view, prior):
+    """How much each patch in the field of view matters (N,): ever less from `prior` radii of the place on; 0: alike."""
+    fade = torch.exp(-((view.rho() / prior) ** 4) / 2) if prior else torch.ones(view.grid)
+    return (fade * view.allowed()).flatten()
+
+
 RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
 
 
@@ -808,22 +821,22 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     """
     height, width = rgb.shape[:2]
     box, point = (None if hint is None else tuple(np.asarray(hint).tolist()) for hint in (box, point))
-    x0, y0, x1, y1 = box or (*point, point[0] + 1, point[1] + 1) if box or point else (0, 0, width, height)
     if box and point:
         raise ValueError("a box tells the place already: leave the point out")
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+    x0, y0, x1, y1 = box or 2 * (point or (0, 0))
+    if not (0 <= x0 < width and 0 <= y0 < height and (not box or x0 < x1 <= width and y0 < y1 <= height)):
         form = "box must be x0 < x1, y0 < y1" if box else "point must be"
         raise ValueError(f"the {form} inside the image, {width} x {height}; got {','.join(map(str, box or point))}")
 
     def see(window, stride, valid=None, place=None):
         top, left, bottom, right = window
-        image, grid = resize_image(rgb[top:bottom, left:right], config.size, stride)
+        image = resize_image(rgb[top:bottom, left:right], config.size, stride)
         valid = field_of_view(image) if valid is None else valid
-        view = View(rgb, window, image, grid, stride, valid, place, "box" if box else "point" if point else "")
+        view = View(rgb, window, image, stride, valid, place, "box" if box else "point" if point else "")
         with torch.no_grad():
             features = backbone.extract(view).to(device, torch.float32)
-        if len(features) != math.prod(grid):
-            raise ValueError(f"backbone {backbone.name} gives {len(features)} features for {math.prod(grid)} patches")
+        if len(features) != math.prod(view.grid):
+            raise ValueError(f"backbone {backbone.name}: {len(features)} features for {view.grid} patches")
         return view, F.normalize(features, dim=1)
 
     if box:
@@ -840,12 +853,6 @@ def look(rgb, config, backbone, device="cpu", box=None, point=None):
     window = max(0, round(y - dy)), max(0, round(x - dx)), min(height, round(y + dy)), min(width, round(x + dx))
     view, features = see(window, config.stride, valid, place)
     return view, features, node_weights(view, config.prior).to(device)
-
-
-def node_weights(view, prior):
-    """How much each patch in the field of view matters (N,): ever less from `prior` radii of the place on; 0: alike."""
-    fade = torch.exp(-((view.rho() / prior) ** 4) / 2) if prior else torch.ones(view.grid)
-    return (fade * view.allowed()).flatten()
 
 
 # From photograph to mask ---------------------------------------------------------------------------------------
@@ -936,7 +943,8 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
 
     image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box (x0, y0, x1, y1), point (x, y): px, see `look`.
     backbone: "auto", "dino", "builtin", or a Backbone. weights, branch: see `load_dino`. device: "auto", "cpu", "cuda"
-    or "mps". shared: parameters from `fit_collective`. progress: show the bar of a download.
+    or "mps". shared: parameters from `fit_collective`, without which config.collective does nothing. progress: show the
+    bar of a download.
     Returns a Segmentation. Raises ImageError for an image that cannot be segmented, ValueError and OSError for
     settings, weights or a device that cannot be had.
     """
@@ -1209,7 +1217,7 @@ def run(options):
             if not (options.skip_existing and all(path.exists() for path in outputs.values()))]  # fmt: skip
     if len(todo) < len(share) and not options.quiet:
         print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
-    if not any(gather(bool(todo))):  # all ranks together: none writes before every one has looked what exists
+    if not any(gather(bool(todo))):  # all ranks together: one with nothing to do is waited for below
         return 0
     device = pick_device(options.device)
     backbone = backbone_from(options, device)
