@@ -212,7 +212,7 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     assert len(history) < 60 and history[-1] < -0.3
     finer = u.fit(features, adjacency, u.Config(resolution=0.9))[0]  # whose uniform assignment has a loss below 0
     assert (finer.argmax(1) == group).float().mean() in (0, 1)
-    again, other = u.fit(features, adjacency)[0], u.fit(features, adjacency, u.Config(seed=1))[0]
+    again, other = u.fit(features, adjacency)[0], u.fit(features, adjacency, u.Config(seed=np.int64(1)))[0]
     assert torch.equal(assignment, again) and not torch.equal(assignment, other)
     rising = u.fit(features, adjacency, u.Config(settled=0, lr=0.1, epochs=70))[1]  # 0 is never, though the loss rises
     assert len(rising) == 70 and any(a < b for a, b in zip(rising, rising[3:]))
@@ -733,6 +733,7 @@ def test_a_faint_object_on_bright_even_ground_is_found(ground):
 def test_the_smallest_images_are_segmented_too(height, width):
     for point in (None, (width - 1, 0)):
         assert segment(lesion(height, width)[0], point=point).mask.shape == (height, width)
+    assert u.locate(torch.rand(3, 4, 5), torch.ones(3, 4), point=(2.0, 3.0))[:2] == (2, 3)  # where no ring has a cell
 
 
 def test_any_backbone_decides_what_is_found_and_a_fit_without_communities_is_said(caplog):
@@ -1059,12 +1060,15 @@ def test_images_named_like_masks_pair_too_and_masks_turn_with_their_images(tmp_p
     rgb, truth = lesion()
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    for array, path in [(rgb, "i/a_lesion.png"), (rgb, "i/b_lesion.png"),
+    for array, path in [(rgb, "i/a.png"), (rgb, "i/a_lesion.png"), (rgb, "i/b_lesion.png"), (truth, "m/a_mask.png"),
                         (truth, "m/a_lesion.png"), (truth, "m/b_lesion_mask.png")]:  # fmt: skip
         (tmp_path / path).parent.mkdir(exist_ok=True)
         Image.fromarray(array).save(tmp_path / path, exif=exif)
-    pairs, alone = evaluator.pair_files(tmp_path / "i", tmp_path / "m")
-    assert {*pairs} == {"a_lesion", "b_lesion"} and not alone
+    images, masks = tmp_path / "i", tmp_path / "m"
+    pairs, alone = evaluator.pair_files(images, masks)
+    assert {*pairs} == {"a", "a_lesion", "b_lesion"} and not alone
+    flags = ["--limit", "1", "--methods", "dsm", "--predictions", f"made={masks}", "--quiet"]
+    assert evaluator.main([str(images), str(masks), *QUICK, *flags]) == 0  # predictions pair as if all were scored
     assert np.array_equal(evaluator.load_mask(pairs["a_lesion"][1], truth.shape), truth[::-1, ::-1])
 
 
