@@ -9,7 +9,7 @@ graph attention network is optimised, for that image alone, until its clusters h
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with pictures to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
-After the settings the first half is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
+After the settings the first part is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
 loss (6)-(8), fit. What follows is ours: where to look, `segment`, pictures and the command line. Of the paper's own
 steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
 stops: see `Config`; X in (5) is centred and scaled, which the paper leaves open: see `standardise`.
