@@ -714,10 +714,13 @@ def settings_of(run):
 def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
     options, (rank, world), fingerprints = run.options, u.rank_and_world(), {}
-    for row in rows:  # a digest of all that its scores depend on: for the collective method these are all the images
+    for row in rows:  # a digest of all that its scores depend on
         folders = (options.images, options.masks, dict(options.predictions).get(row, ""))
         facts = [settings_of(run), [str(Path(folder).resolve()) for folder in folders]]
-        facts.append(sorted(pairs) if row == "unsegmedgatc" else [])
+        if row == "unsegmedgatc":  # which learns from all the images
+            facts.append(sorted(pairs))
+        else:
+            facts[0]["config"]["collective"] = 0
         fingerprints[row] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     # The first rank reads for all, so that none writes before.
     scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]

@@ -94,7 +94,7 @@ def photo(tmp_path):
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(epochs=2.0), dict(epochs=True), dict(lr=math.inf),
      dict(lr=0), dict(widths=()), dict(widths=128), dict(widths=(128.0,)), dict(layers=0), dict(collective="5"),
      dict(activation="tanh"), dict(window=0.5), dict(collective=60), dict(components=-1), dict(smoothness=-1),
-     dict(seed=-1), dict(refine="no")],
+     dict(seed=-1), dict(contour=1e6), dict(refine="no")],
     ids=str,
 )  # fmt: skip
 def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
@@ -1110,6 +1110,9 @@ def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(da
     images = shutil.copytree(dataset[0], tmp_path / "other")
     assert evaluator.main([str(images), str(dataset[1]), *QUICK, *flags, "--resume"]) == 2  # or images
     assert file.read_text() == "".join(lines)
+    file.unlink()
+    assert score(*flags, "--methods", "dsm")[0] == score(*flags, "--resume")[0] == 0  # methods can be added
+    assert sorted(line.split(",")[:-2] for line in file.open()) == sorted(line.split(",")[:-2] for line in lines)
     file.write_text("".join(lines[:-1]) + lines[-1].replace(",\n", ",failed\n"))  # what failed is done anew
     assert score(*flags, "--resume")[0] == 0 and sorted(file.read_text().splitlines(True)[:-1]) == sorted(lines[:-1])
     file.write_text("name,age\nAda,36")  # another program's

@@ -89,7 +89,9 @@ class Config:
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
-    contour: float = setting(3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours")
+    contour: float = setting(
+        3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours", high=100
+    )
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
     seed: int = setting(0, "of the network's first parameters", "ours", high=2**32)
@@ -112,6 +114,8 @@ class Config:
             ]:  # fmt: skip
                 if not good:
                     raise ValueError(f"{name} must be {want}, got {value!r}")
+            if number:  # NumPy's become Python's
+                object.__setattr__(self, name, kind(value))
 
 
 # What the paper does, as far as it says, and the solver of the authors' code. Place, window and field of view stay, as
@@ -434,7 +438,7 @@ SEEDING = threading.Lock()  # torch's random state is one for all threads
 def new_network(in_features, config, device):
     """The seeded network and its optimiser."""
     with SEEDING, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(config.seed))  # a NumPy one too
+        torch.default_generator.manual_seed(config.seed)
         network = UnSegMedGAT(in_features, config).to(device)
     return network, torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
