@@ -478,7 +478,7 @@ class Scene:
                 assignment = one_hot(view.core().flatten(), features, config)
             else:
                 assignment = self.run.methods[row](features, adjacency, config)
-            mask = Image.fromarray(u.finish(view, assignment, config)[0])
+            mask = Image.fromarray(u.finish(view, assignment, adjacency, config)[0])
             mask = np.asarray(mask.resize(self.seen.shape[1::-1], Image.NEAREST))
         return [mask, ~mask] if self.run.options.protocol == "official" else [mask]
 
@@ -885,7 +885,7 @@ def bench_graph(n, device):
         f"{name}, ms": 1e3 * ours,
         "epochs until settled": len(losses),
         "fit, s": settled,
-        "refinement, ms": 1e3 * seconds(lambda: u.finish(view, assignment, config)),
+        "refinement, ms": 1e3 * seconds(lambda: u.finish(view, assignment, adjacency, config)),
         "peak memory, GiB": peak_memory(),
     }
     blockwise, u.MaskedAttention.apply = u.MaskedAttention.apply, plain_attention

@@ -87,6 +87,7 @@ class Config:
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
+    evidence: float = setting(16.0, "weight of how alike patch and cluster are; 0: assignments only", "ours; paper: 0")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     contour: float = setting(
@@ -872,31 +873,44 @@ def clean_mask(mask, components):
     return mask
 
 
-# Log-odds added at the centre of a place that the user has given, where a sure cluster adds 3: objects fill the ellipse
-# in their box, or nearly, and are not far from a point.
-OVAL = {"box": 12, "point": 4}
+# What the place says of a patch, in log-odds: at its centre, and how far out, in its radii, it says nothing. An object
+# fills the box around it, or nearly; a disc that is located is small for its object.
+PLACE = {"": (2, 1.5), "point": (3, 1.4), "box": (8, 1.1)}
 
 
-def finish(view, assignment, config):
-    """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
+def weigh(view, assignment, adjacency, config):
+    """What clusters are object, and which patches: (ordered assignment, belief (N,K), how many are background).
 
-    The foreground clusters are chosen, the soft assignment is upsampled to the resized window, refined there by the
-    bilateral solver, cluster by cluster for K > 2, and smoothed; then upsampled to the photograph, binarised, cleaned.
+    The clusters (N,K) are ordered from surest background to surest object. The belief, rows summing to 1, is the
+    assignment again where config.evidence is 0; else every patch is judged anew, by its mean similarity to each
+    cluster and by the place. A modularity draws the line nearer to the larger cluster, and is surer of it, than this.
     """
-    assignment = assignment.cpu().unflatten(0, view.grid)  # (h,w,K)
-    core, seen = ((assignment * nodes[..., None]).sum((0, 1)) / nodes.sum().clamp(min=1)
+    core, seen = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
                   for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
     # How much commoner it is in the place than in the window. For K = 2 exactly one is above 0, unless they are
     # alike. The rule is ours, as the paper states none; no ground truth is involved.
     score = core / seen.clamp(min=1e-6) - 1
-    assignment = assignment[..., score.argsort()]
-    background = int((score <= 1e-4).sum())  # rounding aside; the labels from here on are foreground
-    foreground = assignment[..., background:].sum(2)  # (h,w)
-    if view.hint and background < config.clusters:  # the ellipse of the place settles what the clusters leave open
-        foreground = torch.sigmoid(3 * (2 * foreground - 1) + OVAL[view.hint] * (1 - view.rho() / 1.05))
-    foreground = foreground * view.allowed()
+    background = int((score <= 1e-4).sum())  # rounding aside
+    belief = assignment = assignment[:, score.argsort()]
+    if config.evidence and background < config.clusters:
+        weights = adjacency.diagonal().clamp(min=1e-24).sqrt()  # w_i, as A_ii = w_i^2
+        likeness = adjacency @ assignment / weights[:, None] / (weights @ assignment).clamp(min=1e-6)  # (N,K) in [0,1]
+        evidence = config.evidence * likeness.clamp(min=0.01).log()
+        log_odds, radius = PLACE[view.hint]
+        evidence[:, background:] += log_odds * (1 - view.rho().to(evidence).flatten() / radius)[:, None]
+        belief = evidence.softmax(1)
+    return assignment.cpu(), belief.cpu(), background
 
-    maps = upsample(torch.cat([foreground[..., None], assignment], dim=2), view.stride).numpy()  # (s,t,1+K)
+
+def finish(view, assignment, adjacency, config):
+    """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
+
+    What `weigh` makes of them is upsampled to the resized window, refined there by the bilateral solver, cluster by
+    cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and cleaned.
+    """
+    assignment, belief, background = weigh(view, assignment, adjacency, config)
+    foreground = belief[:, background:].sum(1, keepdim=True) * view.allowed().flatten()[:, None]
+    maps = upsample(torch.cat([foreground, belief], dim=1).unflatten(0, view.grid), view.stride).numpy()  # (s,t,1+K)
     targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
@@ -921,8 +935,8 @@ def finish(view, assignment, config):
     labels[y0:y1, x0:x1] = np.where(chosen, maps[1:], -np.inf).argmax(0)
     if config.invert and background < config.clusters:  # without an object there is nothing to swap
         mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
-        assignment = assignment.flip(2)
-    return mask, probability, labels, assignment.numpy()
+        assignment = assignment.flip(1)
+    return mask, probability, labels, assignment.unflatten(0, view.grid).numpy()
 
 
 @dataclass(frozen=True)
@@ -961,11 +975,12 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     clock.append(time.perf_counter())
     view, features, weights = look(rgb, config, backbone, device, box, point)
     clock.append(time.perf_counter())
-    assignment, history, modularity = fit(features, build_graph(features, config.tau, weights), config, shared)
+    adjacency = build_graph(features, config.tau, weights)
+    assignment, history, modularity = fit(features, adjacency, config, shared)
     if modularity < COMMUNITIES:
         log.warning("%s: no communities are found in %d epochs, and so no object", name, len(history))
     clock.append(time.perf_counter())
-    outcome = finish(view, assignment, config)
+    outcome = finish(view, assignment, adjacency, config)
     clock.append(time.perf_counter())
     seconds = dict(zip(("read", "features", "fit", "refine"), np.diff(clock).tolist()))
     return Segmentation(*outcome, view, features, modularity, history, backbone.name, seconds)
