@@ -128,7 +128,7 @@ def test_graph_is_the_thresholded_cosine_times_the_weights_of_both_nodes():
     torch.testing.assert_close(u.build_graph(f, 0.3, weights), expected * torch.outer(weights, weights))
 
 
-@pytest.mark.parametrize("scale", [1, 10])
+@pytest.mark.parametrize("scale", [1, 5])  # the scores then stay within the limit of e^-40
 @pytest.mark.parametrize("device, n", [("cpu", 150), pytest.param("cuda", 2100, marks=GPU)])  # over two row blocks
 def test_blockwise_attention_equals_the_plain_one_forward_and_backward(device, n, scale):
     shapes = (2, n, 3), (2, n), (2, n), (2, n, 3)
@@ -496,7 +496,7 @@ def test_dino_gets_the_window_normalised_as_for_imagenet(dino_files):
     view = view_of(lesion()[0], window=(16, 24, 80, 128))
     image = normalize(view.image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
     expected = u.load_dino(dino_files[0] / "backbone.pth").keys(image)[0]
-    backbone = u.load_backbone("dino", dino_files[0] / "backbone.pth")
+    backbone = u.load_backbone("dino", dino_files[0] / "backbone.pth", "teacher", "cpu")
     torch.testing.assert_close(backbone.extract(view), expected)
 
 
