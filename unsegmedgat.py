@@ -87,7 +87,7 @@ class Config:
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
-    evidence: float = setting(16.0, "weight of how alike patch and cluster are; 0: assignments only", "ours; paper: 0")
+    evidence: float = setting(16.0, "how sharply a patch is judged by its likeness to the clusters; 0: not", "ours")
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     contour: float = setting(
@@ -121,8 +121,8 @@ class Config:
 
 # What the paper does, as far as it says, and the solver of the authors' code. Place, window and field of view stay, as
 # the paper's own figures are of images cropped to the object, and so do heads and the scale of X, which it leaves open.
-PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "smoothness": 256.0,
-                     "contour": 0.0}}  # fmt: skip
+PRESETS = {"paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "evidence": 0.0,
+                     "smoothness": 256.0, "contour": 0.0}}  # fmt: skip
 
 
 # Images --------------------------------------------------------------------------------------------------------
@@ -888,17 +888,18 @@ def clean_mask(mask, components):
     return mask
 
 
-# What the place says of a patch, in log-odds: at its centre, and how far out, in its radii, it says nothing. An object
-# fills the box around it, or nearly; a disc that is located is small for its object.
-PLACE = {"": (2, 1.5), "point": (2, 1.5), "box": (8, 1.1)}
+# What the place says of a patch: log-odds, at its centre for and far from it against the object, and how many of its radii
+# away it says nothing. An object fills the box around it, or nearly; a disc that is located is small for its object.
+PLACE = {"box": (8, 1.1), "point": (2, 1.5), "": (2, 1.5)}
 
 
-def weigh(view, assignment, adjacency, config):
-    """What clusters are object, and which patches: (ordered assignment, belief (N,K), how many are background).
+def choose(view, assignment, adjacency, config):
+    """What is object: the assignment (N,K) with its clusters in order, how many are background, the foreground (N,).
 
-    The clusters (N,K) are ordered from surest background to surest object. The belief, rows summing to 1, is the
-    assignment again where config.evidence is 0; else every patch is judged anew, by its mean similarity to each
-    cluster and by the place. A modularity draws the line nearer to the larger cluster, and is surer of it, than this.
+    The clusters are ordered from surest background to surest object. The foreground, in [0,1], is the sum of its
+    clusters where config.evidence is 0. Else every patch is looked at again: its log-odds are config.evidence times
+    the logarithm of its mean similarity to the foreground over that to the background, and what its place says.
+    The modularity weighs a cluster by its edges: patches between two fall to the smaller one, and are as sure as any.
     """
     core, seen = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
                   for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
@@ -906,26 +907,28 @@ def weigh(view, assignment, adjacency, config):
     # alike. The rule is ours, as the paper states none; no ground truth is involved.
     score = core / seen.clamp(min=1e-6) - 1
     background = int((score <= 1e-4).sum())  # rounding aside
-    belief = assignment = assignment[:, score.argsort()]
+    assignment = assignment[:, score.argsort()]
+    foreground = assignment[:, background:].sum(1)
     if config.evidence and background < config.clusters:
         weights = adjacency.diagonal().clamp(min=1e-24).sqrt()  # w_i, as A_ii = w_i^2
-        likeness = adjacency @ assignment / weights[:, None] / (weights @ assignment).clamp(min=1e-6)  # (N,K) in [0,1]
-        evidence = config.evidence * likeness.clamp(min=0.01).log()
+        sides = torch.stack([1 - foreground, foreground], dim=1)
+        likeness = adjacency @ sides / weights[:, None] / (weights @ sides).clamp(min=1e-6)  # (N,2) in [0,1]
+        background_side, foreground_side = (config.evidence * likeness.clamp(min=0.01).log()).T
         log_odds, radius = PLACE[view.hint]
-        evidence[:, background:] += log_odds * (1 - view.rho().to(evidence).flatten() / radius)[:, None]
-        belief = evidence.softmax(1)
-    return assignment.cpu(), belief.cpu(), background
+        place = log_odds * (1 - view.rho() / radius).clamp(min=-1).flatten()
+        foreground = torch.sigmoid(foreground_side - background_side + place.to(assignment))
+    return assignment.cpu(), background, foreground.cpu() * view.allowed().flatten()
 
 
 def finish(view, assignment, adjacency, config):
     """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    What `weigh` makes of them is upsampled to the resized window, refined there by the bilateral solver, cluster by
+    What `choose` makes of them is upsampled to the resized window, refined there by the bilateral solver, cluster by
     cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and cleaned.
     """
-    assignment, belief, background = weigh(view, assignment, adjacency, config)
-    foreground = belief[:, background:].sum(1, keepdim=True) * view.allowed().flatten()[:, None]
-    maps = upsample(torch.cat([foreground, belief], dim=1).unflatten(0, view.grid), view.stride).numpy()  # (s,t,1+K)
+    assignment, background, foreground = choose(view, assignment, adjacency, config)
+    maps = torch.cat([foreground[:, None], assignment], dim=1).unflatten(0, view.grid)
+    maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
     targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
