@@ -191,7 +191,7 @@ METHODS = {  # one more line adds a method
 
 # Beside the methods: rows that cost nothing, and the features of a backbone that knows the object --------------
 
-LOCATED = "located place"  # the disc itself in a clustering's place: what the graph adds is the difference to it
+LOCATED = "located place"  # the disc itself in a clustering's place, all steps after it the same
 
 
 def ellipse(shape, box):
@@ -847,7 +847,8 @@ def photograph(height, width):
 
 def seconds(function, repeats=3):
     """The least wall-clock time of some calls after a first one: what the machine can do, less what disturbs it."""
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    available = torch.cuda.is_available(), torch.backends.mps.is_available(), True
+    sync = (torch.cuda.synchronize, torch.mps.synchronize, lambda: None)[available.index(True)]
     return min(timeit.repeat(lambda: (function(), sync()), number=1, repeat=repeats + 1)[1:])
 
 
@@ -872,8 +873,7 @@ def bench_graph(n, device):
 
     epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)
     epoch()
-    record = u.replayed if device.type == "cuda" else lambda function: function  # as in `fit`
-    name, ours = f"epoch, {config.heads} heads", seconds(record(epoch))
+    name, ours = f"epoch, {config.heads} heads", seconds(u.replayed(epoch, device))  # as in `fit`
     start = time.perf_counter()
     assignment, losses, _ = u.fit(features, adjacency, config)
     settled = time.perf_counter() - start
@@ -889,13 +889,16 @@ def bench_graph(n, device):
         "peak memory, GiB": peak_memory(),
     }
     blockwise, u.MaskedAttention.apply = u.MaskedAttention.apply, plain_attention
-    column[f"{name}: plain autograd, x ours"] = seconds(record(epoch), 1) / ours
+    epoch()
+    column[f"{name}: plain autograd, x ours"] = seconds(u.replayed(epoch, device), 1) / ours
     u.MaskedAttention.apply = blockwise
     with contextlib.suppress(ImportError):  # a column without it, where it is not installed
         if n <= 784:  # for the memory
             use_geometric(network, adjacency)
             optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
-            epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)  # which cannot be recorded
+            epoch = functools.partial(
+                u.step, network, optimizer, x, adjacency, config
+            )  # not recorded: it waits for results
             column[f"{name}: torch_geometric, x ours"] = seconds(epoch, 1) / ours
     return column
 

@@ -87,7 +87,9 @@ class Config:
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
-    evidence: float = setting(16.0, "how sharply a patch is judged by its likeness to the clusters; 0: not", "ours")
+    evidence: float = setting(
+        16.0, "weight of a patch's likeness to its cluster, beside its place; 0: clusters alone", "ours", high=1000
+    )
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     contour: float = setting(
@@ -454,13 +456,22 @@ def step(network, optimizer, features, adjacency, config):
     return loss.detach()
 
 
-def replayed(function):
-    """On CUDA, a function that does the same, its kernels recorded once: to launch a step's 340 takes longer than they.
+@functools.cache
+def recorder(device):
+    """The stream on which steps are recorded, one a device: torch keeps a workspace for each."""
+    return torch.cuda.Stream(device)
 
-    Call it after a few plain calls, which set up what may not be recorded. Recording one takes no step.
+
+def replayed(function, device):
+    """On CUDA, a function that does the same from a recording of its kernels: to launch a step's 340 takes longer.
+
+    Call it after a few plain calls, which set up what may not be recorded. Recording takes no step.
     """
-    graph = torch.cuda.CUDAGraph()
-    with LOCK, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    if device.type != "cuda":
+        return function
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)  # a thread begins on the first GPU
+    record = torch.cuda.graph(graph, stream=recorder(device), capture_error_mode="thread_local")
+    with LOCK, torch.cuda.stream(here), record:
         result = function()  # the same tensor each time
     return lambda: (graph.replay(), result)[1]
 
@@ -485,8 +496,8 @@ def fit(features, adjacency, config=Config(), shared=None):
     losses, uniform = [], (config.resolution - 1) / config.clusters  # the loss of the uniform assignment
     take = functools.partial(step, network, optimizer, x, adjacency, config)
     for epoch in range(epochs):
-        if epoch == 3 and x.is_cuda:
-            take = replayed(take)
+        if epoch == 3:
+            take = replayed(take, x.device)
         losses.append(take().item())
         gain = uniform - losses[-1]
         begun = len(losses) > 3 and gain > COMMUNITIES  # around the uniform assignment the loss is level
@@ -888,8 +899,8 @@ def clean_mask(mask, components):
     return mask
 
 
-# What the place says of a patch: log-odds, at its centre for and far from it against the object, and how many of its radii
-# away it says nothing. An object fills the box around it, or nearly; a disc that is located is small for its object.
+# What the place says of a patch, (L, r): to its log-odds of being object L is added at the centre of the place, 0 at r
+# of its radii, -L from 2 r on. An object fills its box, or nearly; a disc that is located is small for its object.
 PLACE = {"box": (8, 1.1), "point": (2, 1.5), "": (2, 1.5)}
 
 
@@ -897,9 +908,10 @@ def choose(view, assignment, adjacency, config):
     """What is object: the assignment (N,K) with its clusters in order, how many are background, the foreground (N,).
 
     The clusters are ordered from surest background to surest object. The foreground, in [0,1], is the sum of its
-    clusters where config.evidence is 0. Else every patch is looked at again: its log-odds are config.evidence times
-    the logarithm of its mean similarity to the foreground over that to the background, and what its place says.
-    The modularity weighs a cluster by its edges: patches between two fall to the smaller one, and are as sure as any.
+    clusters where config.evidence is 0. Else every patch is looked at again, since a modularity gives patches between
+    two clusters to the smaller one, as surely as any: its log-odds are config.evidence times the logarithm of its mean
+    similarity to the foreground over that to the background, or 0 where that contradicts its cluster, and what its
+    place says. So a sure cluster wins; what it leaves open is for the place, and then for the colours.
     """
     core, seen = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
                   for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
@@ -911,12 +923,14 @@ def choose(view, assignment, adjacency, config):
     foreground = assignment[:, background:].sum(1)
     if config.evidence and background < config.clusters:
         weights = adjacency.diagonal().clamp(min=1e-24).sqrt()  # w_i, as A_ii = w_i^2
-        sides = torch.stack([1 - foreground, foreground], dim=1)
-        likeness = adjacency @ sides / weights[:, None] / (weights @ sides).clamp(min=1e-6)  # (N,2) in [0,1]
-        background_side, foreground_side = (config.evidence * likeness.clamp(min=0.01).log()).T
-        log_odds, radius = PLACE[view.hint]
-        place = log_odds * (1 - view.rho() / radius).clamp(min=-1).flatten()
-        foreground = torch.sigmoid(foreground_side - background_side + place.to(assignment))
+        sides = torch.stack([foreground, 1 - foreground], dim=1)
+        likeness = adjacency @ sides / weights[:, None] / (weights @ sides).clamp(min=1e-6)  # means, (N,2) in [0,1]
+        likeness = likeness.clamp(min=0.01).log()  # below is noise
+        log_odds = config.evidence * (likeness[:, 0] - likeness[:, 1])
+        log_odds = torch.where(log_odds * (foreground - 0.5) > 0, log_odds, 0)
+        most, radius = PLACE[view.hint]
+        place = most * (1 - view.rho() / radius).clamp(min=-1).flatten()
+        foreground = torch.sigmoid(log_odds + place.to(assignment))
     return assignment.cpu(), background, foreground.cpu() * view.allowed().flatten()
 
 
@@ -1303,7 +1317,7 @@ def exit_code(program, advice):
         if "LOCAL_RANK" in os.environ:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            # gloo, as NCCL wants a GPU for each rank; a long time, for the slowest rank: torchrun minds the dead
+            # gloo, as NCCL wants a GPU for each rank; a day for the slowest: torchrun ends them all when one dies
             distributed.init_process_group("gloo", timeout=timedelta(days=1))
         return program()
     except (ValueError, OSError, RuntimeError) as error:
