@@ -10,7 +10,7 @@ graph attention network is optimised, for that image alone, until its clusters h
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
 After the settings the first part is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
-loss (6)-(8), fit. What follows is ours: where to look, `segment`, pictures and the command line. Of the paper's own
+loss (6)-(8), fit. What follows is ours: where to look, what is object, pictures and the command line. Of the paper's own
 steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
 stops: see `Config`; X in (5) is centred and scaled, which the paper leaves open: see `standardise`.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
@@ -463,7 +463,7 @@ def recorder(device):
 
 
 def replayed(function, device):
-    """On CUDA, a function that does the same from a recording of its kernels: to launch a step's 340 takes longer.
+    """On CUDA, a function that does the same from a recording: to launch a step's 340 kernels takes longer than to run them.
 
     Call it after a few plain calls, which set up what may not be recorded. Recording takes no step.
     """
@@ -911,7 +911,7 @@ def choose(view, assignment, adjacency, config):
     clusters where config.evidence is 0. Else every patch is looked at again, since a modularity gives patches between
     two clusters to the smaller one, as surely as any: its log-odds are config.evidence times the logarithm of its mean
     similarity to the foreground over that to the background, or 0 where that contradicts its cluster, and what its
-    place says. So a sure cluster wins; what it leaves open is for the place, and then for the colours.
+    place says. What clusters and features agree on wins; the rest is for the place, and then for the colours.
     """
     core, seen = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
                   for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
