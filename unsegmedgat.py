@@ -10,8 +10,8 @@ graph attention network is optimised, for that image alone, until its clusters h
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
 
 After the settings the first part is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
-loss (6)-(8), fit. What follows is ours: where to look, what is object, pictures and the command line. Of the paper's own
-steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
+loss (6)-(8), fit. What follows is ours: where to look, what is object, pictures and the command line. Of the paper's
+own steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
 stops: see `Config`; X in (5) is centred and scaled, which the paper leaves open: see `standardise`.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
@@ -463,7 +463,7 @@ def recorder(device):
 
 
 def replayed(function, device):
-    """On CUDA, a function that does the same from a recording: to launch a step's 340 kernels takes longer than to run them.
+    """On CUDA, a function that does the same from a recording, as launching a step's 340 kernels outlasts running them.
 
     Call it after a few plain calls, which set up what may not be recorded. Recording takes no step.
     """
