@@ -629,15 +629,16 @@ def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background(
     assert not u.clean_mask(np.zeros((4, 4), bool), 1).any()
 
 
-@pytest.mark.parametrize("contour", [0.0, 3.0])
-def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour):
+@pytest.mark.parametrize("contour, evidence", [(0.0, 0.0), (3.0, 0.0), (0.0, 16.0)])
+def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour, evidence):
     rgb = lesion(96, 96)[0]
     view = view_of(rgb, place=(48.0, 43.0, 27.0, 24.0))
     x = (view.core() + torch.rand(12, 12)) / 2
     assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
     settings = [dict(refine=False, contour=0.0), dict(smoothness=5, contour=contour)]
-    raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=0, **some))[1] for some in settings)
-    expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, smoothness=5), contour)
+    raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=evidence, **some))[1] for some in settings)
+    trust = np.abs(2 * raw - 1) if evidence else 0.999  # the second look knows what it is sure of
+    expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, trust, smoothness=5), contour)
     np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
 
 

@@ -91,7 +91,7 @@ class Config:
         16.0, "weight of a patch's likeness to its cluster, beside its place; 0: clusters alone", "ours", high=1000
     )
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(32.0, "lambda of the bilateral solver", "ours; authors' code: 256")
+    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     contour: float = setting(
         3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours", high=100
     )
@@ -654,7 +654,7 @@ class View:
 
 # Ours: features without learned weights, and the choice of a backbone ------------------------------------------
 
-CHROMA, FLAT = 1.5, 50  # beside lightness; and grey levels, the length of a constant feature
+FLAT = 50  # grey levels, the length of a constant feature
 
 
 def builtin_descriptors(view):
@@ -667,7 +667,7 @@ def builtin_descriptors(view):
     background = cells.rho() > 1 if view.place else border_weight(*cells.grid)
     lab = even_light(rgb_to_lab(view.image), background * cells.allowed() + 1e-3)
     colours = F.avg_pool2d(lab, PATCH, view.stride).flatten(1).T  # (N,3)
-    return torch.cat([colours * torch.tensor([1, CHROMA, CHROMA]), torch.full((len(colours), 1), float(FLAT))], dim=1)
+    return F.pad(colours, (0, 1), value=FLAT)
 
 
 @dataclass(frozen=True)
@@ -901,7 +901,7 @@ def clean_mask(mask, components):
 
 # What the place says of a patch, (L, r): to its log-odds of being object L is added at the centre of the place, 0 at r
 # of its radii, -L from 2 r on. An object fills its box, or nearly; a disc that is located is small for its object.
-PLACE = {"box": (8, 1.1), "point": (2, 1.5), "": (2, 1.5)}
+PLACE = {"box": (8, 1.1), "point": (3, 1.5), "": (2, 1.6)}
 
 
 def choose(view, assignment, adjacency, config):
@@ -946,7 +946,9 @@ def finish(view, assignment, adjacency, config):
     targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        targets[:] = bilateral.solve(targets, guide, smoothness=config.smoothness)
+        # What the second look is sure of is trusted, the rest is for the colours; 0.999 is the authors' code's
+        trust = np.abs(2 * maps[..., 0] - 1).clip(max=1) if config.evidence else 0.999
+        targets[:] = bilateral.solve(targets, guide, trust, smoothness=config.smoothness)
     targets[:] = ndimage.gaussian_filter(targets, (config.contour, config.contour, 0))  # the solver's cells are flat
 
     y0, x0, y1, x1 = view.window
