@@ -896,9 +896,7 @@ def bench_graph(n, device):
         if n <= 784:  # for the memory
             use_geometric(network, adjacency)
             optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
-            epoch = functools.partial(
-                u.step, network, optimizer, x, adjacency, config
-            )  # not recorded: it waits for results
+            epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)  # it cannot be recorded
             column[f"{name}: torch_geometric, x ours"] = seconds(epoch, 1) / ours
     return column
 
