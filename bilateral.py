@@ -119,13 +119,13 @@ def solve(
 
     target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
     guide: (H,W,3) uint8 RGB, the photograph whose edges count.
-    confidence: one number in [0,1] or (H,W): how much each pixel of the target is trusted. Where it is zero
+    confidence: one number of at least 0, or (H,W): how much each pixel of the target is trusted. Where it is zero
         the solution comes from the neighbourhood alone; if it is zero everywhere, the answer is the target's mean.
     smoothness: lambda, the weight of the smoothness term; sigmas: see BilateralGrid.
     iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
         earlier at this relative residual.
     Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the tolerance.
-    Raises ValueError for shapes that disagree, values that are not finite, a confidence outside [0,1].
+    Raises ValueError for shapes that disagree, values that are not finite, a confidence below 0.
     """
     target = np.asarray(target, float)
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])
@@ -133,8 +133,8 @@ def solve(
         raise ValueError(f"target {target.shape} and guide {np.shape(guide)} must have the same height and width")
     if not np.isfinite(target).all():
         raise ValueError("the target has values that are not finite numbers")
-    if not (confidence.min() >= 0 and confidence.max() <= 1):  # also refuses NaN
-        raise ValueError("confidence must lie in [0,1]")
+    if not (confidence.min() >= 0 and confidence.max() < np.inf):  # also refuses NaN
+        raise ValueError("confidence must be a number of at least 0, or (H,W) of them")
     if not 0 <= smoothness < np.inf:
         raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
 

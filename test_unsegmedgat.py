@@ -555,7 +555,7 @@ def test_bilateral_keeps_constants_follows_edges_and_takes_zero_confidence(guide
 @pytest.mark.parametrize(
     "change, says",
     [(dict(target=np.zeros((3, 3))), "same height"), (dict(target=np.full((23, 31), np.nan)), "finite"),
-     (dict(confidence=1.5), "confidence"), (dict(confidence=np.nan), "confidence"), (dict(sigma_luma=0), "sigma_luma"),
+     (dict(confidence=-0.5), "confidence"), (dict(confidence=np.nan), "confidence"), (dict(sigma_luma=0), "sigma_luma"),
      (dict(smoothness=-1), "smoothness"), (dict(guide=np.zeros((23, 31), np.uint8)), "guide"),
      (dict(guide=np.zeros((23, 31, 3))), "guide"), (dict(sigma_spatial=1e-9, sigma_luma=1e-4), "larger sigmas"),
      (dict(sigma_luma=5e-4, sigma_chroma=5e-4, sigma_spatial=1e-4), "larger sigmas")],
@@ -637,7 +637,7 @@ def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour, 
     assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
     settings = [dict(refine=False, contour=0.0), dict(smoothness=5, contour=contour)]
     raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=evidence, **some))[1] for some in settings)
-    trust = np.abs(2 * raw - 1) if evidence else 0.999  # the second look knows what it is sure of
+    trust = np.abs(np.log(raw / (1 - raw))) if evidence else 0.999  # the second look knows what it is sure of
     expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, trust, smoothness=5), contour)
     np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
 
@@ -747,7 +747,7 @@ def test_a_place_that_cannot_be_is_refused(hint):
 def test_a_faint_object_on_bright_even_ground_is_found(ground):
     skin, truth = np.full((96, 128, 1), ground), disc(50, 60, 20, 96, 128)
     rgb = (skin - 10 * truth[..., None] + np.random.default_rng(0).normal(0, 1, (96, 128, 3))).astype(np.uint8)
-    assert iou(segment(rgb, size=96, box=(38, 28, 82, 72)).mask, truth) > 0.8
+    assert iou(segment(rgb, size=96, box=(38, 28, 82, 72)).mask, truth) > 0.85
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (9, 40), (16, 12)])

@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
+from scipy.special import logit
 from torch import distributed, nn
 
 import bilateral
@@ -91,7 +92,7 @@ class Config:
         16.0, "weight of a patch's likeness to its cluster, beside its place; 0: clusters alone", "ours", high=1000
     )
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(64.0, "lambda of the bilateral solver", "ours; authors' code: 256")
+    smoothness: float = setting(128.0, "lambda of the bilateral solver", "ours; authors' code: 256")
     contour: float = setting(
         3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours", high=100
     )
@@ -946,8 +947,8 @@ def finish(view, assignment, adjacency, config):
     targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        # What the second look is sure of is trusted, the rest is for the colours; 0.999 is the authors' code's
-        trust = np.abs(2 * maps[..., 0] - 1).clip(max=1) if config.evidence else 0.999
+        # The second look is trusted as far as it is sure, by its log-odds, and the rest is for the colours
+        trust = np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.evidence else 0.999  # the authors' code's
         targets[:] = bilateral.solve(targets, guide, trust, smoothness=config.smoothness)
     targets[:] = ndimage.gaussian_filter(targets, (config.contour, config.contour, 0))  # the solver's cells are flat
 
