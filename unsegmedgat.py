@@ -902,7 +902,7 @@ def clean_mask(mask, components):
 
 # What the place says of a patch, (L, r): to its log-odds of being object L is added at the centre of the place, 0 at r
 # of its radii, -L from 2 r on. An object fills its box, or nearly; a disc that is located is small for its object.
-PLACE = {"box": (8, 1.1), "point": (3, 1.5), "": (2, 1.6)}
+PLACE = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
 def choose(view, assignment, adjacency, config):
