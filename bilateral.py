@@ -119,13 +119,15 @@ def solve(
 
     target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
     guide: (H,W,3) uint8 RGB, the photograph whose edges count.
-    confidence: one number of at least 0, or (H,W): how much each pixel of the target is trusted. Where it is zero
-        the solution comes from the neighbourhood alone; if it is zero everywhere, the answer is the target's mean.
+    confidence: one number of at least 0, or (H,W): how much each pixel of the target is trusted. In the paper it is at
+        most 1, but only its ratio to smoothness counts. Where it is zero the solution comes from the neighbourhood
+        alone; if it is zero everywhere, the answer is the target's mean.
     smoothness: lambda, the weight of the smoothness term; sigmas: see BilateralGrid.
     iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
         earlier at this relative residual.
     Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the tolerance.
-    Raises ValueError for shapes that disagree, values that are not finite, a confidence below 0.
+    Raises ValueError for shapes that disagree, values that are not finite, a confidence that is below 0
+    or not finite.
     """
     target = np.asarray(target, float)
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])

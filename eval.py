@@ -896,7 +896,8 @@ def bench_graph(n, device):
         if n <= 784:  # for the memory
             use_geometric(network, adjacency)
             optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
-            epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)  # it cannot be recorded
+            epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)
+            # not recorded, as GATConv waits for results
             column[f"{name}: torch_geometric, x ours"] = seconds(epoch, 1) / ours
     return column
 

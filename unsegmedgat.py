@@ -12,7 +12,8 @@ graph attention network is optimised, for that image alone, until its clusters h
 After the settings the first part is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
 loss (6)-(8), fit. What follows is ours: where to look, what is object, pictures and the command line. Of the paper's
 own steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
-stops: see `Config`; X in (5) is centred and scaled, which the paper leaves open: see `standardise`.
+stops: see `Config`; and what the solver trusts: see `finish`. X in (5) is centred and scaled, which the paper leaves
+open: see `standardise`.
 Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
 """
 
@@ -89,10 +90,11 @@ class Config:
     window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     evidence: float = setting(
-        16.0, "weight of a patch's likeness to its cluster, beside its place; 0: clusters alone", "ours", high=1000
-    )
+        16.0, "weight of a patch's likeness to its cluster, beside its place, in how sure it is and so how far "
+        "the solver trusts it; 0: clusters alone, all trusted alike", "ours", high=1000
+    )  # fmt: skip
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code")
+    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code; what it trusts is ours")
     contour: float = setting(
         3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours", high=100
     )
@@ -122,11 +124,12 @@ class Config:
                 object.__setattr__(self, name, kind(value))
 
 
-# What the paper does, as far as it says, and the solver of the authors' code. Place, window and field of view stay, as
+# What the paper does, as far as it says, with the solver of the authors' code. Place, window and field of view stay, as
 # the paper's own figures are of images cropped to the object, and so do heads and the scale of X, which it leaves open.
 PRESETS = {
-    "paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "evidence": 0.0, "contour": 0.0}
-}
+    "paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "evidence": 0.0, "smoothness": 256.0,
+              "contour": 0.0}
+}  # fmt: skip
 
 
 # Images --------------------------------------------------------------------------------------------------------
@@ -902,7 +905,8 @@ def clean_mask(mask, components):
 
 
 # What the place says of a patch, (L, r): to its log-odds of being object L is added at the centre of the place, 0 at r
-# of its radii, -L from 2 r on. An object fills its box, or nearly; a disc that is located is small for its object.
+# of its radii, -L from 2 r on. An object fills its box, or nearly; a disc is small for its object, less so where
+# one clicked. Tuned.
 PLACE = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
@@ -939,8 +943,9 @@ def choose(view, assignment, adjacency, config):
 def finish(view, assignment, adjacency, config):
     """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    What `choose` makes of them is upsampled to the resized window, refined there by the bilateral solver, cluster by
-    cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and cleaned.
+    What `choose` makes of them is upsampled to the resized window, refined there by the bilateral solver, which trusts
+    it as far as it is sure, cluster by cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and
+    cleaned.
     """
     assignment, background, foreground = choose(view, assignment, adjacency, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).unflatten(0, view.grid)
@@ -948,8 +953,9 @@ def finish(view, assignment, adjacency, config):
     targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        # The second look is trusted by its log-odds, and what it is not sure of is for the colours. The authors trust
-        # all pixels by 0.999, here that of one at odds of 5 to 3.
+        # A pixel is trusted by the log-odds of the second look: where that is unsure, the colours decide. Twice, so
+        # that odds of 5 to 3 count as much as the 0.999 by which the authors' code trusts every pixel, and its lambda
+        # holds; what is out of the field of view is surely background. The clip keeps it finite, at most 32.
         trust = 2 * np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.evidence else 0.999
         targets[:] = bilateral.solve(targets, guide, trust, smoothness=config.smoothness)
     targets[:] = ndimage.gaussian_filter(targets, (config.contour, config.contour, 0))  # the solver's cells are flat
