@@ -637,8 +637,7 @@ def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour, 
     x = (view.core() + torch.rand(12, 12)) / 2
     assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
     settings = [dict(refine=False, contour=0.0), dict(smoothness=5, contour=contour)]
-    config = u.Config(evidence=evidence)
-    raw, soft = (u.finish(view, assignment, torch.eye(144), dataclasses.replace(config, **some))[1] for some in settings)
+    raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=evidence, **s))[1] for s in settings)
     trust = 2 * np.abs(np.log(raw / (1 - raw))) if evidence else 0.999  # the second look knows what it is sure of
     expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, trust, smoothness=5), contour)
     np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
