@@ -126,8 +126,7 @@ def solve(
     iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
         earlier at this relative residual.
     Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the tolerance.
-    Raises ValueError for shapes that disagree, values that are not finite, a confidence that is below 0
-    or not finite.
+    Raises ValueError for shapes that disagree, values that are not finite, a confidence below 0 or infinite.
     """
     target = np.asarray(target, float)
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])
@@ -136,7 +135,7 @@ def solve(
     if not np.isfinite(target).all():
         raise ValueError("the target has values that are not finite numbers")
     if not (confidence.min() >= 0 and confidence.max() < np.inf):  # also refuses NaN
-        raise ValueError("confidence must be a number of at least 0, or (H,W) of them")
+        raise ValueError("confidence must be a finite number of at least 0, or (H,W) of them")
     if not 0 <= smoothness < np.inf:
         raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
 

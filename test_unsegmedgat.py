@@ -704,17 +704,17 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     assert segment(np.tile(rgb, (3, 9, 1)), epochs=2, box=(10, 99, 1110, 103)).view.grid[1] < 40  # no strip of patches
 
 
-@pytest.mark.parametrize("hint", ["box", "point", ""])
-def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_the_place(hint):
+@pytest.mark.parametrize("hint, radius", [("box", 1.1), ("point", 1.4), ("", 1.6)])
+def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_the_place(hint, radius):
     view = dataclasses.replace(view_of(np.zeros((80, 80, 3), np.uint8), place=(40.0, 40.0, 20.0, 20.0)), hint=hint)
     f, weights, x = F.normalize(torch.randn(100, 4), dim=1), torch.rand(100) + 0.1, torch.rand(100)
     x = (x + view.core().flatten()) / 2
     adjacency, config = u.build_graph(f, 0.3, weights), u.Config(evidence=3)
-    expected, (most, radius) = torch.zeros(100), u.PLACE[hint]
+    expected = torch.zeros(100)
     for i in range(100):
         similar = torch.stack([f[i] @ f[j] if f[i] @ f[j] > 0.3 else torch.tensor(0.0) for j in range(100)])
         inside, outside = (np.average(similar, weights=weights * c) for c in (x, 1 - x))
-        place = most * max(-1, 1 - view.rho().flatten()[i] / radius)
+        place = u.PLACE[hint][0] * max(-1, 1 - view.rho().flatten()[i] / radius)
         odds = (inside / outside) ** 3
         expected[i] = float(1 / (1 + math.exp(-place) / (odds if (odds > 1) == (x[i] > 0.5) else 1)))
     order, background, foreground = u.choose(view, torch.stack([x, 1 - x], dim=1), adjacency, config)
@@ -748,7 +748,7 @@ def test_a_place_that_cannot_be_is_refused(hint):
 def test_a_faint_object_on_bright_even_ground_is_found(ground):
     skin, truth = np.full((96, 128, 1), ground), disc(50, 60, 20, 96, 128)
     rgb = (skin - 10 * truth[..., None] + np.random.default_rng(0).normal(0, 1, (96, 128, 3))).astype(np.uint8)
-    assert iou(segment(rgb, size=96, box=(38, 28, 82, 72)).mask, truth) > 0.89
+    assert iou(segment(rgb, size=96, box=(38, 28, 82, 72)).mask, truth) > 0.9
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (9, 40), (16, 12)])

@@ -403,8 +403,8 @@ class UnSegMedGAT(nn.Module):
             x = features
             for layer in layers:
                 x = self.activation(layer(x, adjacency))  # eq. (3): (N,m_r)
-            total = total + first(x)  # H^(r): (N,M)
-        return self.second(total).softmax(dim=1)  # C: (N,K)
+            total = total + first(x)  # H^(r) of eq. (5): (N,M)
+        return self.second(total).softmax(dim=1)  # C of eq. (5): (N,K)
 
 
 LENGTH = 4  # root mean square of the rows' lengths of X
@@ -905,8 +905,8 @@ def clean_mask(mask, components):
 
 
 # What the place says of a patch, (L, r): to its log-odds of being object L is added at the centre of the place, 0 at r
-# of its radii, -L from 2 r on. An object fills its box, or nearly; a disc is small for its object, less so where
-# one clicked. Tuned.
+# of its radii, -L from 2 r on. An object fills its box, or nearly; a disc is small for its object, less so
+# where one clicked. Tuned.
 PLACE = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
