@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import scipy.cluster.vq
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -92,13 +91,10 @@ def dsm(features, adjacency, config):
     For K > 2, k-means on the first K eigenvectors. The Laplacian is I - D^-1/2 A D^-1/2, so its lowest eigenvectors
     are the top ones of `normalise(A)`. The colour affinities that their paper may add to the graph are left out.
     """
-    matrix = normalise(adjacency).cpu().numpy().astype(np.float64)
-    # Not by ARPACK, which finds no vectors of a graph in pieces, where the largest eigenvalue is there several times
-    n = len(matrix)
-    _, vectors = scipy.linalg.eigh(matrix, subset_by_index=[n - config.clusters, n - 1])  # (N,K), ascending
-    if config.clusters == 2:
-        return one_hot(vectors[:, 0] > 0, features, config)
-    return kmeans(torch.from_numpy(vectors).to(features), adjacency, config)
+    # All of them: of a graph in pieces the largest eigenvalue is there many times, and solvers for a few then fail
+    _, vectors = torch.linalg.eigh(normalise(adjacency.double()))  # ascending
+    vectors = vectors[:, -config.clusters :].to(features)  # (N,K)
+    return one_hot(vectors[:, 0] > 0, features, config) if config.clusters == 2 else kmeans(vectors, adjacency, config)
 
 
 class Convolution(nn.Module):
@@ -230,7 +226,7 @@ def plant(truth, noise, seed):
     e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
 
     def extract(view):
-        y0, x0, y1, x1 = view.window
+        y0, x0, y1, x1 = view.box
         covered = torch.from_numpy(truth[y0:y1, x0:x1]).float()[None, None]
         covered = F.interpolate(covered, size=view.image.shape[1:], mode="bilinear", antialias=True)
         c = F.avg_pool2d(covered, u.PATCH, view.stride)[0, 0]  # (h,w)
@@ -239,7 +235,7 @@ def plant(truth, noise, seed):
         looks = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
         _, label = scipy.cluster.vq.kmeans2(looks, len(regions), iter=20, minit="++", seed=0)
         background = 0.75 * e0 + 0.66 * torch.stack(regions)[label]  # (N,384)
-        g = torch.from_numpy(np.random.default_rng([*seed, *view.window]).standard_normal(background.shape)).float()
+        g = torch.from_numpy(np.random.default_rng([*seed, *view.box]).standard_normal(background.shape)).float()
         c = c.reshape(-1, 1)
         return c * (0.35 * e0 + 0.94 * e1) + (1 - c) * background + noise / math.sqrt(384) * g
 
@@ -388,6 +384,15 @@ def jittered(hint, jitter, shape, seed):
     return tuple(moved.tolist())
 
 
+def loosened(box, factor, shape):
+    """A box scaled about its centre, in whole px, kept inside an image (H,W) and not empty."""
+    x0, y0, x1, y1 = box
+    half = (x1 - x0) / 2 * (factor - 1), (y1 - y0) / 2 * (factor - 1)
+    low = [max(0, round(start - more)) for start, more in zip((x0, y0), half)]
+    high = [min(n, max(at + 1, round(stop + more))) for n, at, stop, more in zip(shape[::-1], low, (x1, y1), half)]
+    return (*low, *high)
+
+
 # Prediction under a protocol -----------------------------------------------------------------------------------
 
 PROTOCOLS = {
@@ -435,6 +440,8 @@ class Scene:
                 self.hint = x0 - left, y0 - top, x1 - left, y1 - top
             else:
                 hint = box if protocol == "box" else inner_point(self.truth)
+                if protocol == "box":
+                    hint = loosened(hint, run.options.loosen, self.truth.shape)
                 self.hint = jittered(hint, run.options.jitter, self.truth.shape, seed)
         if noise is not None:
             self.backbone = plant(self.squashed(self.truth[self.scored], Image.NEAREST), noise, seed)
@@ -451,16 +458,16 @@ class Scene:
         size = (self.run.config.size,) * 2
         return np.array(Image.fromarray(array).resize(size, method)) if self.run.options.squash else array
 
-    def look(self):
+    def nodes(self):
         """The view, features and node weights of what is seen."""
         given = {name: self.hint for name in ("point", "box") if name == self.run.options.protocol}
         rgb = self.squashed(self.seen, Image.BILINEAR)
-        return u.look(rgb, self.run.config, self.backbone, self.run.device, **given)
+        return u.extract_nodes(rgb, self.run.config, self.backbone, self.run.device, **given)
 
     @functools.cached_property
     def graph(self):
         """The view, features and adjacency, the same for all rows."""
-        view, features, weights = self.look()
+        view, features, weights = self.nodes()
         return view, features, u.build_graph(features, self.run.config.tau, weights)
 
     def masks(self, row):
@@ -475,10 +482,11 @@ class Scene:
         else:
             view, features, adjacency = self.graph
             if row == LOCATED:
-                assignment = one_hot(view.core().flatten(), features, config)
+                assignment = one_hot(view.inside_ellipse().flatten(), features, config)
             else:
                 assignment = self.run.methods[row](features, adjacency, config)
-            mask = Image.fromarray(u.finish(view, assignment, adjacency, config)[0])
+            size = (config.size,) * 2 if self.run.options.squash else self.seen.shape[:2]
+            mask = Image.fromarray(u.finish(view, assignment, adjacency, config, size)["mask"])
             mask = np.asarray(mask.resize(self.seen.shape[1::-1], Image.NEAREST))
         return [mask, ~mask] if self.run.options.protocol == "official" else [mask]
 
@@ -644,6 +652,8 @@ def build_parser():
         help="the authors' code's settings, or the paper's; other flags still count")  # fmt: skip
     add("--squash", action=argparse.BooleanOptionalAction, default=False,
         help="resize to a square first, as the authors' code does; part of --preset official")  # fmt: skip
+    add("--loosen", type=float, default=1.0, metavar="FACTOR", help="scale the given box about its centre, as people "
+        "draw boxes with room to spare; cut at the image's sides; default 1")  # fmt: skip
     add("--jitter", type=int, default=0, metavar="PX",
         help="move the given point, or each side of the given box, by up to PX, seeded")  # fmt: skip
     add("--plant", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with noise, in the "
@@ -676,6 +686,8 @@ def check(options):
          "--predictions must be NAME=FOLDER, each name another and none that of a row here"),
         (options.jitter < 0, "--jitter must be at least 0"),
         (options.jitter and options.protocol not in ("point", "box"), "--jitter needs --protocol point or box"),
+        (not 0 < options.loosen < math.inf, "--loosen must be above 0"),
+        (options.loosen != 1 and options.protocol != "box", "--loosen needs --protocol box"),
         (options.plant is not None and not 0 <= options.plant < math.inf, "--plant needs a noise of at least 0"),
         (options.plant is not None and (options.weights or options.backbone == "dino"),
          "--plant stands in for the backbone: leave --backbone dino and --weights out"),
@@ -705,9 +717,11 @@ def check(options):
 def settings_of(run):
     """The flags that the scores depend on, for the fingerprints and the JSON file."""
     options = run.options
-    settings = {name: getattr(options, name) for name in ("protocol", "squash", "jitter", "plant", "tolerance")}
+    settings = {name: getattr(options, name) for name in ("protocol", "squash", "jitter", "loosen", "plant", "tolerance")}
     weights = options.weights and str(options.weights.resolve())
     backbone = {"name": run.backbone.name, "branch": options.branch, "weights": weights}
+    if run.backbone.name.endswith(".py"):
+        backbone["file"] = hashlib.sha256(Path(run.backbone.name).read_bytes()).hexdigest()
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
 
 
@@ -730,7 +744,7 @@ def score_all(pairs, rows, run):
         scenes = []  # of all the images and from the start, so that --resume changes nothing
         for stem, paths in pairs.items():
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
-                scenes.append([x.cpu() for x in Scene(stem, paths, run).look()[1:]])
+                scenes.append([x.cpu() for x in Scene(stem, paths, run).nodes()[1:]])
         shared = u.fit_collective(scenes, run.config, run.device, options.quiet or rank > 0)
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
     share, ours = list(todo)[rank::world], {}
@@ -757,7 +771,8 @@ def report(run, summary, count, groups):
         what += "; USES GROUND TRUTH: the features are made from it"
     print(f"**{options.protocol}** protocol: {what}. n = {count} images" + (f" in {groups} groups." if groups else "."))
     changed = {name: value for name, value in vars(config).items() if value != getattr(u.Config(), name)}
-    changed |= {name: value for name, value in vars(options).items() if name in ("squash", "jitter") and value}
+    extra = {"squash": False, "jitter": 0, "loosen": 1.0}
+    changed |= {name: getattr(options, name) for name, usual in extra.items() if getattr(options, name) != usual}
     texts = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in changed.items()]
     print(f"Backbone: {run.backbone.name}. Seed {config.seed}. "
           f"Settings: {', '.join([options.preset or 'default', *texts])}.\n")  # fmt: skip
@@ -830,13 +845,6 @@ SIZES = {784: (224, 8), 3025: (224, 4)}  # N: (size, stride)
 MEGAPIXELS = (1, 3, 12)
 
 
-def plain_attention(h, s, t, adjacency):
-    """Eqs. (2) and (3) plainly, with every N x N tensor that autograd then keeps; shapes as in MaskedAttention."""
-    e = F.leaky_relu(s[:, :, None] + t[:, None, :], u.SLOPE)
-    e = e.masked_fill(adjacency <= 0, -torch.inf)
-    return e.softmax(dim=2) @ h
-
-
 def photograph(height, width):
     """Something like a lesion on skin, with uneven light and noise: (H,W,3) uint8."""
     lesion = ellipse((height, width), (0.3 * width, 0.3 * height, 0.7 * width, 0.7 * height))
@@ -866,7 +874,7 @@ def bench_graph(n, device):
     """One column of the stages' table: a dictionary."""
     device, (size, stride) = u.pick_device(device), SIZES[n]
     config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), photograph(size, size)
-    view, features, weights = u.look(rgb, config, backbone, device)
+    view, features, weights = u.extract_nodes(rgb, config, backbone, device)
     adjacency = u.build_graph(features, config.tau, weights)
     x = u.standardise(features, adjacency)
     network, optimizer = u.new_network(x.shape[1], config, device)
@@ -879,19 +887,19 @@ def bench_graph(n, device):
     settled = time.perf_counter() - start
     column = {
         "N": n,
-        "features and place, ms": 1e3 * seconds(lambda: u.look(rgb, config, backbone, device)),
+        "features and place, ms": 1e3 * seconds(lambda: u.extract_nodes(rgb, config, backbone, device)),
         "graph, ms": 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights)),
         "edges, of N x N": float((adjacency > 0).float().mean()),
         f"{name}, ms": 1e3 * ours,
         "epochs until settled": len(losses),
         "fit, s": settled,
-        "refinement, ms": 1e3 * seconds(lambda: u.finish(view, assignment, adjacency, config)),
+        "refinement, ms": 1e3 * seconds(lambda: u.finish(view, assignment, adjacency, config, rgb.shape[:2])),
         "peak memory, GiB": peak_memory(),
     }
-    blockwise, u.MaskedAttention.apply = u.MaskedAttention.apply, plain_attention
+    blockwise, u.BlockwiseAttention.apply = u.BlockwiseAttention.apply, u.attention
     epoch()
     column[f"{name}: plain autograd, x ours"] = seconds(u.replayed(epoch, device), 1) / ours
-    u.MaskedAttention.apply = blockwise
+    u.BlockwiseAttention.apply = blockwise
     with contextlib.suppress(ImportError):  # a column without it, where it is not installed
         if n <= 784:  # for the memory
             use_geometric(network, adjacency)

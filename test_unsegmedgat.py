@@ -93,7 +93,7 @@ def photo(tmp_path):
     [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=8),
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(epochs=2.0), dict(epochs=True), dict(lr=math.inf),
      dict(lr=0), dict(widths=()), dict(widths=128), dict(widths=(128.0,)), dict(layers=0), dict(collective="5"),
-     dict(activation="tanh"), dict(window=0.5), dict(collective=60), dict(components=-1), dict(smoothness=-1),
+     dict(activation="tanh"), dict(colour=1.1), dict(collective=60), dict(components=-1), dict(smoothness=-1),
      dict(seed=-1), dict(contour=1e6), dict(refine="no")],
     ids=str,
 )  # fmt: skip
@@ -106,7 +106,7 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
     "flags, settings",
     [("", {}),
      ("--tau 0.5 --widths 32,64 --no-refine --invert", dict(tau=0.5, widths=(32, 64), refine=False, invert=True)),
-     ("--preset paper --smoothness 7", dict(residual=False, settled=0.0, balance=1.0,
+     ("--preset paper --smoothness 7", dict(colour=0.0, residual=False, settled=0.0, balance=1.0,
                                             prior=0.0, evidence=0.0, contour=0.0, smoothness=7.0))],
 )  # fmt: skip
 def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_the_preset(flags, settings):
@@ -128,26 +128,36 @@ def test_graph_is_the_thresholded_cosine_times_the_weights_of_both_nodes():
     torch.testing.assert_close(u.build_graph(f, 0.3, weights), expected * torch.outer(weights, weights))
 
 
-@pytest.mark.parametrize("scale", [1, 5])  # the scores then stay within the limit of e^-40
+@pytest.mark.parametrize("scale", [1, 5, 1000])
 @pytest.mark.parametrize("device, n", [("cpu", 150), pytest.param("cuda", 2100, marks=GPU)])  # over two row blocks
 def test_blockwise_attention_equals_the_plain_one_forward_and_backward(device, n, scale):
     shapes = (2, n, 3), (2, n), (2, n), (2, n, 3)
     *inputs, upstream = ((scale * torch.randn(*s, dtype=torch.float64)).to(device).requires_grad_() for s in shapes)
     adjacency, results = random_graph(n).to(device), []
-    for attention in (evaluator.plain_attention, u.MaskedAttention.apply):
+    adjacency[3], adjacency[:, 3] = 0, 0  # a node without neighbours
+    for attention in (u.attention, u.BlockwiseAttention.apply):
         out = attention(*inputs, adjacency)
         results.append((out, *torch.autograd.grad(out, inputs, upstream)))
     torch.testing.assert_close(*results)
 
 
-def test_attention_survives_huge_scores_and_isolated_nodes():
-    adjacency = random_graph(20, dtype=torch.float32)
+@pytest.mark.parametrize("scale", [1, 20, 200, 1e4])
+def test_attention_is_the_softmax_of_the_neighbours_scores_however_far_they_rank_apart(scale):
+    h, source, target = torch.randn(2, 60, 3), scale * torch.randn(2, 60), scale * torch.randn(2, 60)
+    adjacency = random_graph(60, dtype=torch.float32)
     adjacency[3], adjacency[:, 3] = 0, 0
-    inputs = [(1e4 * torch.randn(*shape)).requires_grad_() for shape in [(2, 20, 3), (2, 20), (2, 20)]]
-    out = u.MaskedAttention.apply(*inputs, adjacency)
-    out.sum().backward()
-    assert all(x.grad.isfinite().all() for x in inputs)
-    assert out.isfinite().all() and (out[:, 3] == 0).all()
+    expected = torch.zeros(2, 60, 3, dtype=torch.float64)
+    for z in range(2):
+        for i in range(60):
+            near = adjacency[i] > 0
+            alpha = F.leaky_relu(source[z, i].double() + target[z, near].double(), 0.2).softmax(0)
+            expected[z, i] = alpha @ h[z, near].double()
+    for attention in (u.attention, u.BlockwiseAttention.apply):
+        inputs = [x.clone().requires_grad_() for x in (h, source, target)]
+        out = attention(*inputs, adjacency)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4 if scale < 1e4 else 1e-2)
+        out.sum().backward()
+        assert all(x.grad.isfinite().all() for x in inputs) and (out[:, 3] == 0).all()
 
 
 def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
@@ -299,33 +309,44 @@ def test_lab_of_known_colours():
     torch.testing.assert_close(u.rgb_to_lab(colours), expected, rtol=0, atol=0.05)
 
 
-def view_of(rgb, window=None, place=None, stride=8):
-    """A View of a photograph, or a window of it, at its own size."""
-    y0, x0, y1, x1 = window = window or (0, 0, *rgb.shape[:2])
+def view_of(rgb, box=None, stride=8, **fields):
+    """A View of a photograph, or of a box in it, at its own size."""
+    y0, x0, y1, x1 = box = box or (0, 0, *rgb.shape[:2])
     image = u.resize_image(rgb[y0:y1, x0:x1], min(y1 - y0, x1 - x0), stride)
-    valid = torch.ones(rgb.shape[0] // 8, rgb.shape[1] // 8)
-    return u.View(rgb, window, image, stride, valid, place)
+    fields = {"valid": torch.ones(image.shape[1] // 8, image.shape[2] // 8), "area": (0, 0, *image.shape[1:])} | fields
+    return u.View(image, stride, box, **fields)
 
 
 # Ours: where the object is, and what it looks like -------------------------------------------------------------
 
 
-def test_even_light_takes_out_strong_light_but_no_mild_light_no_dark_middle_and_no_object():
-    y, x = torch.meshgrid(u.middle(96), u.middle(128), indexing="ij")
-    bowl, none, valid = x * x + y * y, torch.zeros(96, 128), torch.ones(12, 16)
+def test_the_graph_of_joined_features_thresholds_the_weighted_mean_of_both_cosines():
+    deep, colour = (F.normalize(torch.randn(9, n), dim=1) for n in (6, 4))
+    graph = u.build_graph(u.join_features(deep, colour, 0.7), 0.3)
+    for i in range(9):
+        for j in range(9):
+            mean = 0.3 * deep[i] @ deep[j] + 0.7 * colour[i] @ colour[j]
+            assert graph[i, j].item() == pytest.approx(mean.item() if mean > 0.3 else 0, abs=1e-6)
+    assert u.join_features(deep, colour, 0) is deep and u.join_features(deep, colour, 1) is colour
+    assert u.join_features(None, colour, 0.7) is colour  # the built-in backbone
 
-    def left(lightness):  # the spread that stays, of the spread that was there
-        return u.even_light(torch.stack([lightness, none, none]), valid)[0].std() / lightness.std()
 
-    assert left(60 - 40 * bowl) < 0.05  # an endoscope's
-    assert left(60 - 40 * bowl + 20 * x - 10 * x * y) < 0.05
-    assert left(60 - 4 * bowl) > 0.95  # a photograph's
-    assert left(60 + 40 * bowl) > 0.95  # a large dark lesion's
-    light = torch.stack([60 + 40 * x - 25 * y * y, 10 + 3 * x * y, 15 - 4 * x * x])
-    spot = none.clone()
-    spot[40:64, 56:80] = -30
-    even = u.even_light(light + torch.stack([spot, none, none]), valid)
-    torch.testing.assert_close(even, torch.stack([spot, none, none]), rtol=0, atol=0.5)
+def test_colours_are_deviations_from_the_background_beside_a_constant():
+    lab, background = 30 * torch.randn(7, 3), torch.rand(7)
+    deviations = lab.numpy() - np.average(lab, axis=0, weights=background)
+    expected = np.concatenate([deviations, np.full((7, 1), 50)], axis=1)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(u.colour_features(lab, background), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_features_say_of_the_position_in_the_frame_is_taken_out_and_an_object_is_left():
+    y, x = (side.expand(28, 37).flatten() for side in u.position_in((0, 0, 28, 37), 28, 37))
+    trend = torch.stack([3 + x - 2 * y, x * x - x * y, 5 * y * y], dim=1)
+    border = (0.05 + y**2 + x**2).clamp(max=1)
+    assert u.remove_trend(trend, border, 28, 37).abs().max() < 0.05
+    spot = torch.from_numpy(disc(14, 18, 5)).flatten()[:, None] * torch.eye(3)[0]
+    left = u.remove_trend(trend + spot, border, 28, 37)[:, 0]
+    assert left[spot[:, 0] > 0].mean() > 0.9 and left[spot[:, 0] == 0].abs().mean() < 0.05
 
 
 BLUE, YELLOW, INK, VEIL, BLOOD = (40, 90, 220), (230, 200, 20), (120, 60, 150), (90, 90, 110), (150, 40, 40)
@@ -355,40 +376,65 @@ def salient(row, column, radius):
     return F.normalize(directions + 0.5 / math.sqrt(20) * noise, dim=2)
 
 
+def locate(*features, valid=torch.ones(28, 37), area=(0, 0, 28, 37), point=None):
+    return u.locate([values.permute(2, 0, 1) for values in features], valid, area, point)
+
+
 @pytest.mark.parametrize("row, column, radius", [(14, 18, 6), (10, 24, 4), (8, 10, 4), (17, 15, 9)])
 def test_locate_finds_the_disc_whose_features_differ_from_its_ring_and_from_the_border(row, column, radius):
-    features, all_valid = salient(row, column, radius), torch.ones(28, 37)
-    assert iou(disc(*u.locate(features, all_valid)), disc(row, column, radius)) > 0.7
+    features = salient(row, column, radius)
+    assert iou(disc(*locate(features)), disc(row, column, radius)) > 0.7
     features[:, column + radius - 1 :] = F.normalize(torch.ones(20), dim=0)  # whose edge is longer
-    y, x, _ = u.locate(features, all_valid)
+    y, x, _ = locate(features)
     assert disc(row, column, radius)[y, x]
 
 
 @pytest.mark.parametrize("column, half", [(8, torch.arange(37) < 18), (28, torch.arange(37) >= 18)])
-def test_of_two_objects_locate_finds_the_valid_one_or_the_one_at_the_point(column, half):
+def test_of_two_objects_locate_finds_the_valid_one_the_one_at_the_point_in_the_box_or_on_both_maps(column, half):
     features = torch.where(torch.arange(37)[None, :, None] < 18, salient(14, 8, 5), salient(14, 28, 5))
-    found = u.locate(features, half.float().expand(28, 37))
+    found = locate(features, valid=half.float().expand(28, 37))
     assert half[found[1]]
     for point in [(13.0, column + 1), (13.0, column - 1)]:
-        found = disc(*u.locate(features, torch.ones(28, 37), point=point))
-        assert iou(found, disc(14, column, 5)) > 0.6
+        assert iou(disc(*locate(features, point=point)), disc(14, column, 5)) > 0.6
+    boxed = locate(features, area=(5, column - 8, 23, column + 8))
+    assert iou(disc(*boxed), disc(14, column, 5)) > 0.6
+    both = locate(features, salient(14, column, 5))
+    assert iou(disc(*both), disc(14, column, 5)) > 0.6
+
+
+@pytest.mark.parametrize("scale, fills", [(1, True), (1.1, True), (1.5, False), (2, False), (9, False)])
+def test_a_box_is_tight_or_loose_by_its_rim(scale, fills):
+    maps = salient(14, 18, 6).permute(2, 0, 1)
+    half = 6.5 * scale
+    area = max(0, 14.5 - half), max(0, 18.5 - half), min(28, 14.5 + half), min(37, 18.5 + half)
+    assert u.fills_box([maps], torch.ones(28, 37), area) == fills
+    nothing = torch.randn(5, 28, 37)  # a map that knows nothing does not overrule the user
+    assert u.fills_box([maps, nothing], torch.ones(28, 37), area) == (fills or scale < 9)
 
 
 @pytest.mark.parametrize("stride", [8, 4])
-def test_a_view_knows_its_patches_and_place_and_their_weights(stride):
-    rgb, window, place = np.zeros((160, 240, 3), np.uint8), (32, 64, 128, 192), (70.0, 130.0, 30.0, 50.0)
-    view = view_of(rgb, window, place, stride=stride)
-    view.valid[:8] = 0  # the upper 64 rows
-    rows = 32 + 4 + stride * np.arange((96 - 8) // stride + 1)[:, None]
-    columns = 64 + 4 + stride * np.arange((128 - 8) // stride + 1)
-    v, w = (rows - 70) / 30, (columns - 130) / 50
-    rho, valid = np.hypot(v, w), (rows >= 64) & (columns > 0)
-    np.testing.assert_allclose(view.rho(), rho, rtol=1e-5)
-    assert np.array_equal(view.core(), rho <= 1)
-    assert np.array_equal(view.allowed(), valid)
+def test_a_view_knows_its_patches_and_its_ellipse_and_their_weights(stride):
+    view = view_of(np.zeros((160, 240, 3), np.uint8), (32, 64, 128, 192), stride, ellipse=(38.0, 66.0, 30.0, 50.0))
+    view.valid[:4] = 0  # the upper 32 rows
+    rows = 4 + stride * np.arange((96 - 8) // stride + 1)[:, None]
+    columns = 4 + stride * np.arange((128 - 8) // stride + 1)
+    rho, valid = np.hypot((rows - 38) / 30, (columns - 66) / 50), (rows >= 32) & (columns > 0)
+    np.testing.assert_allclose(view.distance_in_radii(), rho, rtol=1e-5)
+    assert np.array_equal(view.inside_ellipse(), rho <= 1)
+    assert np.array_equal(view.valid_patches(), valid)
     fade = np.exp(-((rho / 1.5) ** 4) / 2)
     np.testing.assert_allclose(u.node_weights(view, 1.5), (fade * valid).ravel(), rtol=1e-5)
     assert np.array_equal(u.node_weights(view, 0), valid.ravel())  # as in the paper
+
+
+def test_a_view_of_a_box_shows_its_surroundings_and_knows_where_it_is():
+    rgb = np.zeros((200, 300, 3), np.uint8) + 200
+    rgb[:, :40] = 0  # a dark frame
+    view = u.view_photograph(rgb, u.Config(size=96), (50, 60, 150, 140))
+    assert view.box == (36, 20, 164, 180) and view.image.shape == (3, 96, 120)  # 1.6 times as large
+    assert view.area == pytest.approx((18, 22.5, 78, 97.5))
+    assert not view.valid[:, :1].any() and view.valid[:, 2:].all()
+    assert u.view_photograph(rgb, u.Config(size=96)).area == (0, 0, 96, 144)
 
 
 # Weights -------------------------------------------------------------------------------------------------------
@@ -493,7 +539,7 @@ def test_auto_falls_back_with_one_clear_line_and_dino_never_does(tmp_path, monke
 
 
 def test_dino_gets_the_window_normalised_as_for_imagenet(dino_files):
-    view = view_of(lesion()[0], window=(16, 24, 80, 128))
+    view = view_of(lesion()[0], (16, 24, 80, 128))
     image = normalize(view.image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
     expected = u.load_dino(dino_files[0] / "backbone.pth").keys(image)[0]
     backbone = u.load_backbone("dino", dino_files[0] / "backbone.pth", "teacher", "cpu")
@@ -633,11 +679,12 @@ def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background(
 @pytest.mark.parametrize("contour, evidence", [(0.0, 0.0), (3.0, 0.0), (0.0, 16.0)])
 def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour, evidence):
     rgb = lesion(96, 96)[0]
-    view = view_of(rgb, place=(48.0, 43.0, 27.0, 24.0))
-    x = (view.core() + torch.rand(12, 12)) / 2
+    view = view_of(rgb, ellipse=(48.0, 43.0, 27.0, 24.0))
+    x = (view.inside_ellipse() + torch.rand(12, 12)) / 2
     assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
     settings = [dict(refine=False, contour=0.0), dict(smoothness=5, contour=contour)]
-    raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=evidence, **s))[1] for s in settings)
+    raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=evidence, **s), (96, 96))["probability"]
+                 for s in settings)  # fmt: skip
     trust = 2 * np.abs(np.log(raw / (1 - raw))) if evidence else 0.999  # the second look knows what it is sure of
     expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, trust, smoothness=5), contour)
     np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
@@ -662,12 +709,12 @@ def test_a_thread_records_on_the_gpu_it_is_given():
 @pytest.mark.parametrize("stride, grid", [(8, (12, 16)), (4, (23, 31))])
 def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
     rgb, truth = lesion()
-    result, inverse = (segment(rgb, size=96, stride=stride, window=4, invert=invert) for invert in (False, True))
+    result, inverse = (segment(rgb, size=96, stride=stride, invert=invert) for invert in (False, True))
     assert result.mask.shape == result.probability.shape == result.labels.shape == truth.shape
     assert (result.mask.dtype, result.probability.dtype, result.labels.dtype) == (bool, np.float32, np.uint8)
     assert iou(result.mask, truth) > 0.9 and result.modularity > 0.01 and result.backbone == "builtin"
     assert result.probability[truth].mean() > 0.8 and result.probability[~truth].mean() < 0.1
-    again = segment(Image.fromarray(rgb), size=96, stride=stride, window=4)
+    again = segment(Image.fromarray(rgb), size=96, stride=stride)
     assert np.array_equal(result.probability, again.probability) and result.view.grid == grid
     assert np.array_equal(inverse.mask, ~result.mask) and np.array_equal(inverse.labels, 1 - result.labels)
     assert np.array_equal(inverse.probability, 1 - result.probability)
@@ -689,7 +736,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     rgb, truth = lesion()
     both, mirrored = np.concatenate([rgb, rgb[:, ::-1]], axis=1), truth[:, ::-1]
     assert ndimage.label(segment(both, size=96).mask)[1] == 1
-    two = segment(both, size=96, components=2, window=6, prior=5).mask
+    two = segment(both, size=96, components=2, prior=5).mask
     assert iou(two, np.concatenate([truth, mirrored], axis=1)) > 0.8
     left, right = (segment(both, size=96, point=(x, 48)).mask for x in (58, 198))
     assert iou(left[:, :128], truth) > 0.85 and not left[:, 128:].any()
@@ -706,33 +753,34 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
 
 @pytest.mark.parametrize("hint, radius", [("box", 1.1), ("point", 1.4), ("", 1.6)])
 def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_the_place(hint, radius):
-    view = dataclasses.replace(view_of(np.zeros((80, 80, 3), np.uint8), place=(40.0, 40.0, 20.0, 20.0)), hint=hint)
+    view = view_of(np.zeros((80, 80, 3), np.uint8), ellipse=(40.0, 40.0, 20.0, 20.0), prompt=hint)
     f, weights, x = F.normalize(torch.randn(100, 4), dim=1), torch.rand(100) + 0.1, torch.rand(100)
-    x = (x + view.core().flatten()) / 2
+    x = (x + view.inside_ellipse().flatten()) / 2
     adjacency, config = u.build_graph(f, 0.3, weights), u.Config(evidence=3)
     expected = torch.zeros(100)
     for i in range(100):
         similar = torch.stack([f[i] @ f[j] if f[i] @ f[j] > 0.3 else torch.tensor(0.0) for j in range(100)])
         inside, outside = (np.average(similar, weights=weights * c) for c in (x, 1 - x))
-        place = u.PLACE[hint][0] * max(-1, 1 - view.rho().flatten()[i] / radius)
+        place = u.PLACE[hint][0] * max(-1, 1 - view.distance_in_radii().flatten()[i] / radius)
         odds = (inside / outside) ** 3
         expected[i] = float(1 / (1 + math.exp(-place) / (odds if (odds > 1) == (x[i] > 0.5) else 1)))
     order, background, foreground = u.choose(view, torch.stack([x, 1 - x], dim=1), adjacency, config)
     torch.testing.assert_close(foreground, expected, rtol=1e-4, atol=1e-6)
     assert background == 1 and torch.equal(order[:, 1], x)
     assert torch.equal(u.choose(view, order, adjacency, u.Config(evidence=0))[2], x)
-    alike = u.finish(view, order, torch.ones(100, 100), u.Config(refine=False, contour=0.0))[0]
+    alike = u.finish(view, order, torch.ones(100, 100), u.Config(refine=False, contour=0.0), (80, 80))["mask"]
     assert iou(alike, disc(39.5, 39.5, 20 * radius, 80, 80)) > 0.9  # the place settles what the clusters leave open
 
 
 def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
-    view = view_of(np.zeros((160, 160, 3), np.uint8), place=(80.0, 40.0, 30.0, 30.0))
+    view = view_of(np.zeros((160, 160, 3), np.uint8), ellipse=(80.0, 40.0, 30.0, 30.0))
     view.valid[:, 10:] = 0
-    share, masks = torch.where(view.core() > 0, 0.6, 0.1), []
+    share, masks = torch.where(view.inside_ellipse() > 0, 0.6, 0.1), []
     for frame in 0.0, 1.0:
         x = torch.where(view.valid > 0, share, frame)
         assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
-        masks.append(u.finish(view, assignment, torch.eye(400), u.Config(evidence=0, refine=False, contour=0.0))[0])
+        config = u.Config(evidence=0, refine=False, contour=0.0)
+        masks.append(u.finish(view, assignment, torch.eye(400), config, (160, 160))["mask"])
     assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
 
 
@@ -755,22 +803,63 @@ def test_a_faint_object_on_bright_even_ground_is_found(ground):
 def test_the_smallest_images_are_segmented_too(height, width):
     for point in (None, (width - 1, 0)):
         assert segment(lesion(height, width)[0], point=point).mask.shape == (height, width)
-    assert u.locate(torch.rand(3, 4, 5), torch.ones(3, 4), point=(2.0, 3.0))[:2] == (2, 3)  # where no ring has a cell
+    assert u.locate([torch.rand(5, 3, 4)], torch.ones(3, 4), (0, 0, 3, 4), (2.0, 3.0))[:2] == (2, 3)  # where no ring has a cell
 
 
-def test_any_backbone_decides_what_is_found_and_a_fit_without_communities_is_said(caplog):
+def test_a_backbone_of_ones_own_is_heard_beside_the_colour_and_a_fit_without_communities_is_said(caplog):
     rgb, hidden = lesion()[0], disc(40, 90, 20, 96, 128)  # which the colours do not show
 
     def extract(view):
         y, x = view.centres()
         return torch.eye(2)[hidden[y.long(), x.long()].flatten().astype(int)] + 0.1
 
-    result = segment(rgb, u.Backbone("hidden", extract), size=96, refine=False)
+    result = segment(rgb, u.Backbone("hidden", extract), size=96, refine=False, colour=0)
     assert iou(result.mask, hidden) > 0.7 and result.backbone == "hidden" and not caplog.messages
+    flat = np.full_like(rgb, 200)  # where the colours say nothing the features do
+    assert iou(segment(flat, u.Backbone("hidden", extract), size=96, refine=False).mask, hidden) > 0.7
     for number, box in enumerate([None, (20, 20, 90, 80)], 1):
-        alike = segment(rgb, u.Backbone("alike", lambda view: torch.ones(math.prod(view.grid), 5)), box=box)
+        alike = u.Backbone("alike", lambda view: torch.ones(math.prod(view.grid), 5))
+        alike = segment(rgb, alike, box=box, colour=0)
         assert abs(alike.modularity) < 1e-3 and len(caplog.messages) == number and "no communities" in caplog.text
         assert not alike.mask.any() and not alike.labels.any() and (alike.assignment == 0.5).all()
+
+
+BACKBONE = """
+import torch
+import torch.nn.functional as F
+
+def extract(view):
+    h, w = view.grid
+    values = F.unfold(view.image[None], 8, stride=view.stride)[0].T
+    {line}
+"""
+
+
+@pytest.mark.parametrize(
+    "text, code, says",
+    [(BACKBONE.format(line="return values"), 0, None),
+     (BACKBONE.format(line="return values[1:]"), 1, r"must return features \(88,C\) for 8 x 11 patches, got \(87, 192\)"),
+     (BACKBONE.format(line="return values.T.unflatten(1, (h, w))"), 1, r"got \(192, 8, 11\)"),
+     (BACKBONE.format(line="return values * float('nan')"), 1, "not finite"),
+     (BACKBONE.format(line="return values.numpy()"), 1, "must return a torch tensor, got ndarray"),
+     (BACKBONE.format(line="return values[view.no_such]"), 1, "extract failed: AttributeError: .*no_such"),
+     ("import no_such_module", 2, "ModuleNotFoundError: No module named 'no_such_module'"),
+     ("def extract(view)", 2, "SyntaxError"),
+     ("open('no_such_weights')", 2, "no_such_weights"),
+     ("x = 1", 2, r"must define a function extract\(view\)"),
+     (None, 2, "there is no such file")],
+)  # fmt: skip
+def test_a_backbone_from_a_python_file_and_what_is_said_of_a_bad_one(tmp_path, photo, caplog, capsys, text, code, says):
+    file = tmp_path / "my_backbone.py"
+    if text is not None:
+        file.write_text(text)
+    out = tmp_path / "mask.png"
+    assert u.main([str(photo), "-o", str(out), *QUICK[:-2], "--backbone", str(file), "--device", "cpu"]) == code
+    if code:
+        assert len(caplog.messages) == 1 and re.search(f"backbone .*my_backbone.py: .*{says}", caplog.messages[0])
+        assert "\n" not in caplog.messages[0] and not out.exists()
+    else:
+        assert iou(np.array(Image.open(out)) > 0, lesion()[1]) > 0.8 and "my_backbone.py" in capsys.readouterr().out
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -915,6 +1004,7 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
      ("{photo} -o {dir}/mask.png --heads 3", "widths"),
      ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 whole numbers"),
      ("{photo} -o {dir}/mask.png --backbone builtin --weights x.pth", "dino backbone"),
+     ("{photo} -o {dir}/mask.png --backbone resnet", "a Python file FILE.py, got resnet"),
      ("{photo} -o {dir}/mask.png --workers -1", "--workers must be at least 0"),
      pytest.param("{photo} -o {dir}/mask.png --device cuda", "device cuda is not available", marks=NO_GPU),
      *[(f"{{photo}} -o {{dir}}/mask.png {flags}", f"argument {flags.split()[0]}: ")  # as argparse says it
@@ -1024,6 +1114,18 @@ def test_dsm_is_the_sign_of_the_fiedler_vector_of_a_dense_eigen_solver():
     fiedler = np.linalg.eigh(np.eye(40) - a.numpy() / np.sqrt(np.outer(d, d)))[1][:, 1] > 0
     ours = evaluator.dsm(features, a, u.Config()).argmax(1).numpy() > 0
     assert np.array_equal(ours, fiedler) or np.array_equal(ours, ~fiedler)
+
+
+@pytest.mark.parametrize("name, clusters", [*[(name, 2) for name in evaluator.METHODS],
+                                            ("unsegmedgat", 4), ("vit-kmeans", 4), ("dsm", 4)])  # fmt: skip
+def test_every_method_answers_for_every_graph(name, clusters):
+    config, features = u.Config(clusters=clusters, epochs=5), torch.randn(60, 5)
+    few = torch.eye(60)
+    few[:9, :9] = 0.5
+    for adjacency in (torch.eye(60), few.fill_diagonal_(1), torch.zeros(60, 60), torch.ones(60, 60)):
+        assignment = evaluator.METHODS[name](features, adjacency, config)
+        assert assignment.shape == (60, clusters) and assignment.isfinite().all()
+        torch.testing.assert_close(assignment.sum(1), torch.ones(60))
 
 
 @pytest.mark.parametrize("name, clusters", [*[(name, 2) for name in evaluator.METHODS],
@@ -1173,13 +1275,13 @@ def test_what_each_protocol_gives_away_and_that_blind_masks_are_made_before_the_
     for n in range(3):
         Image.fromarray(~lesion()[1]).save(tmp_path / "inverse" / f"s{n}_1.png")
     calls, protocol = mock.Mock(), flags.split()[0]
-    for module, name in (u, "look"), (u, "fit"), (evaluator, "load_mask"):
+    for module, name in (u, "extract_nodes"), (u, "fit"), (evaluator, "load_mask"):
         spy = mock.Mock(wraps=getattr(module, name))
         calls.attach_mock(spy, name)
         monkeypatch.setattr(module, name, spy)
     assert score("--methods", "unsegmedgat", "--protocol", *flags.split())[0] == 0
-    assert [name for name, *_ in calls.mock_calls if name != "look"] == order * 3
-    for _, (rgb, *_), hint in calls.look.mock_calls:
+    assert [name for name, *_ in calls.mock_calls if name != "extract_nodes"] == order * 3
+    for _, (rgb, *_), hint in calls.extract_nodes.mock_calls:
         assert rgb.shape[:2] == seen and hint.keys() == given.keys()
         moved = np.abs([np.subtract(hint[name], given[name]) for name in given]).max(initial=0)
         assert 0 < moved <= 3 if "jitter" in flags else moved == 0

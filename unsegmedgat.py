@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import logging
 import math
 import os
@@ -44,6 +45,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from scipy.special import logit
 from torch import distributed, nn
+from torch.autograd.function import once_differentiable
 
 import bilateral
 
@@ -57,8 +59,8 @@ MAX_NODES = 50_000  # larger graphs are refused: A alone would take over 10 GB
 # Settings ------------------------------------------------------------------------------------------------------
 
 
-def setting(default, help, source, low=0, high=math.inf, choices=None):
-    """A field of Config: its default, what it does, where the default comes from; low <= value < high, or a choice."""
+def setting(default, help, source, low=0, high=sys.float_info.max, choices=None):
+    """A field of Config: its default, what it does, where the default comes from; low <= value <= high, or a choice."""
     limits = {"low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "source": source, **limits})
 
@@ -72,12 +74,14 @@ class Config:
 
     size: int = setting(224, "px of the shorter side, rounded to a multiple of 8", "authors' code", low=2 * PATCH)
     stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", choices=(8, 4, 2))
-    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", 1e-9, 1)
+    colour: float = setting(0.7, "share of the colour in a node's feature, beside the backbone's; 0: none, 1: colour alone",
+                            "ours; paper: 0", 0, 1)
+    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", 1e-9, 1 - 1e-9)
     heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours, the paper gives none", low=1)
     widths: tuple[int, ...] = setting((128, 64), "m_r, the widths of the series of GATs: 128,64", "paper, section III")
     layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III", low=1)
     projection: int = setting(64, "M, the width in which they are summed, eq. (5)", "paper, section III", low=1)
-    clusters: int = setting(2, "K; above 2 the mask is the union of foreground clusters", "paper: a mask", 2, 256)
+    clusters: int = setting(2, "K; above 2 the mask is the union of foreground clusters", "paper: a mask", 2, 255)
     activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", choices=tuple(ACTIVATIONS))
     residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
     epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III; ISIC: 300", low=1)
@@ -87,7 +91,6 @@ class Config:
     weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
     resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper: none, so 1")
     balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
-    window: float = setting(2.5, "radii of the place to the window's sides; not for a box", "ours", low=1)
     prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
     evidence: float = setting(
         16.0, "weight of a patch's likeness to its cluster, beside its place, in how sure it is and so how far "
@@ -96,11 +99,11 @@ class Config:
     refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
     smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code; what it trusts is ours")
     contour: float = setting(
-        3.0, "px of the resized window, a blur that smooths the outline; 0: none", "ours", high=100
+        3.0, "px of the resized image, a blur that smooths the outline; 0: none", "ours", high=100
     )
     components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
     invert: bool = setting(False, "swap foreground and background", "ours")
-    seed: int = setting(0, "of the network's first parameters", "ours", high=2**32)
+    seed: int = setting(0, "of the network's first parameters", "ours", high=2**32 - 1)
 
     def __post_init__(self):
         if isinstance(self.widths, list):  # as JSON has it
@@ -110,8 +113,8 @@ class Config:
             number = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
             for good, want in [
                 (kind is not bool or isinstance(value, bool), "True or False"),
-                (kind not in (int, float) or number and info["low"] <= value < info["high"],
-                 f"a {'whole ' if kind is int else ''}number from {info['low']} to below {info['high']}"),
+                (kind not in (int, float) or number and info["low"] <= value <= info["high"],
+                 f"a {'whole ' if kind is int else ''}number from {info['low']} to {info['high']:g}"),
                 (not info["choices"] or value in info["choices"], f"one of {info['choices']}"),
                 (name != "widths" or isinstance(value, tuple) and value
                  and all(isinstance(w, int) and w >= 1 and w % self.heads == 0 for w in value),
@@ -127,7 +130,7 @@ class Config:
 # What the paper does, as far as it says, with the solver of the authors' code. Place, window and field of view stay, as
 # the paper's own figures are of images cropped to the object, and so do heads and the scale of X, which it leaves open.
 PRESETS = {
-    "paper": {"residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "evidence": 0.0, "smoothness": 256.0,
+    "paper": {"colour": 0.0, "residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "evidence": 0.0, "smoothness": 256.0,
               "contour": 0.0}
 }  # fmt: skip
 
@@ -287,63 +290,71 @@ def build_graph(features, tau, weights=None):
 SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 
 
-class MaskedAttention(torch.autograd.Function):
-    """alpha @ h for every head, where alpha = softmax over the neighbours j of LeakyReLU(s_i + t_j): eqs. (2), (3).
+def attention(h, score_src, score_dst, adjacency):
+    """What the nodes gather, for every head: eqs. (2) and (3), as the paper writes them, less the activation.
 
-    h are the paper's W h, one row a node, and s_i + t_j its a^T [W h_i || W h_j]. Plainly (`eval.plain_attention`):
-        e = leaky_relu(s[:, :, None] + t[:, None, :]).masked_fill(adjacency <= 0, -inf)
-        out = e.softmax(dim=2) @ h
-    Rows of a softmax are independent, so blocks of rows that stay in cache are computed and dropped, forward and again
-    backward: nothing N x N is kept but the graph. And LeakyReLU(e) = max(e, 0.2 e), so exp(LeakyReLU(s_i + t_j)) is
-    the larger of two outer products, exp(s_i) exp(t_j) and exp(.2 s_i) exp(.2 t_j): O(N) exponentials do.
+    h: the paper's W h, (H,N,D). score_src, score_dst (H,N): the two halves of a^T [W h_i || W h_j], which is
+    score_src_i + score_dst_j. adjacency (N,N): positive entries are the edges; their weights play no part.
+    Returns (H,N,D); 0 for a node without neighbours.
+    """
+    edges = adjacency > 0
+    e = F.leaky_relu(score_src[:, :, None] + score_dst[:, None], SLOPE)  # (H,N,N)
+    alpha = e.masked_fill(~edges, torch.finfo(e.dtype).min).softmax(dim=2)  # eq. (2)
+    return alpha @ h * edges.any(1)[:, None]  # the sum of eq. (3)
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """The same as `attention`, in less memory and time.
+
+    Rows of a softmax are independent, so blocks of rows that stay in the processor's cache are computed and dropped,
+    and computed again for the gradients from the logarithm of each row's denominator: nothing N x N is kept but the
+    graph (the idea of FlashAttention, Dao et al. 2022).
     """
 
     @staticmethod
-    def row_blocks(factors, adjacency):
-        """Slices of rows, each with exp(LeakyReLU(s_i + t_j) - shift_i) for the neighbours, else 0: (H,rows,N)."""
-        u, u_slope, v, v_slope = factors  # (H,N) each
+    def blocks(score_src, score_dst, adjacency):
+        """Slices of rows, each with its e_ij of eq. (2), a large negative number where there is no edge: (H,rows,N)."""
         rows = 64 if adjacency.device.type == "cpu" else 2048
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
-            weight = u[:, block, None] * v[:, None]
-            torch.maximum(weight, u_slope[:, block, None] * v_slope[:, None], out=weight)  # eq. (2)'s numerator
-            yield block, weight.mul_(adjacency[block].clamp(min=0).sign_())  # a product is faster than a selection
+            e = F.leaky_relu_(score_src[:, block, None] + score_dst[:, None], SLOPE)
+            yield block, e.masked_fill_(adjacency[block] <= 0, -1e30)
 
     @staticmethod
-    def forward(ctx, h, s, t, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D), D = out/H
-        # Factors of exp(LeakyReLU(s_i + t_j) - shift_i), none above 1, (H,N) each. None is below e^-40, as products of
-        # smaller ones would be denormal numbers, on which a CPU takes many times longer; a node all of whose neighbours
-        # score 40 less than the largest t then averages them.
-        top = t.amax(1, keepdim=True)
-        high, low = s + top, t - top
-        shift = F.leaky_relu(high, SLOPE)  # at least LeakyReLU(s_i + t_j) for every j
-        factors = [x.clamp(min=-40).exp() for x in (high - shift, SLOPE * high - shift, low, SLOPE * low)]
-        out, total = torch.empty_like(h), torch.empty_like(h[..., :1])
-        for block, weight in MaskedAttention.row_blocks(factors, adjacency):
-            total[:, block] = weight.sum(2, keepdim=True)  # the softmax's denominator, eq. (2)
-            out[:, block] = weight @ h  # the sum of eq. (3), before it is divided
-        total = torch.where(total > 0, total, 1)  # a node without neighbours gathers nothing
-        out /= total
-        ctx.save_for_backward(h, s, t, adjacency, out, total, *factors)
+    def forward(ctx, h, score_src, score_dst, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
+        out, log_total = torch.empty_like(h), torch.empty_like(score_src)
+        for block, e in BlockwiseAttention.blocks(score_src, score_dst, adjacency):
+            largest = e.amax(2, keepdim=True)
+            weight = exp_or_zero(e.sub_(largest))
+            total = weight.sum(2, keepdim=True)  # the denominator of eq. (2), over exp(largest)
+            connected = largest > -1e30  # a node without neighbours gathers nothing
+            out[:, block] = weight @ h / total * connected
+            log_total[:, block] = torch.where(connected, largest + total.log(), math.inf)[..., 0]
+        ctx.save_for_backward(h, score_src, score_dst, adjacency, out, log_total)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # (H,N,D)
-        h, s, t, adjacency, out, total, *factors = ctx.saved_tensors
-        grad = grad / total
+        h, score_src, score_dst, adjacency, out, log_total = ctx.saved_tensors
         # dL/de_ij = alpha_ij (grad_i . h_j - grad_i . out_i), in one product: a column more on either side carries
         # the second term.
-        grad1 = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
-        h1 = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
-        dh, ds, dt = torch.zeros_like(h), torch.empty_like(s), torch.zeros_like(t)
-        for block, weight in MaskedAttention.row_blocks(factors, adjacency):
-            dh.baddbmm_(weight.mT, grad[:, block])
-            de = (grad1[:, block] @ h1).mul_(weight)
-            score = torch.add(s[:, block, None], t[:, None], out=weight)
-            de = torch.ops.aten.leaky_relu_backward(de, score, SLOPE, False)
-            ds[:, block] = de.sum(2)
-            dt += de.sum(1)
-        return dh, ds, dt, None
+        grad_aug = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
+        h_aug = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
+        dh, d_src, d_dst = torch.zeros_like(h), torch.empty_like(score_src), torch.zeros_like(score_dst)
+        for block, e in BlockwiseAttention.blocks(score_src, score_dst, adjacency):
+            alpha = exp_or_zero(e - log_total[:, block, None])  # eq. (2)
+            dh.baddbmm_(alpha.mT, grad[:, block])
+            de = (grad_aug[:, block] @ h_aug).mul_(alpha)
+            de = torch.ops.aten.leaky_relu_backward(de, e, SLOPE, True)  # True: e is the function's value
+            d_src[:, block] = de.sum(2)
+            d_dst += de.sum(1)
+        return dh, d_src, d_dst, None
+
+
+def exp_or_zero(x):
+    """exp(x) in place, and 0 below e^-60, where products would be denormal numbers, on which a CPU is slow."""
+    return F.threshold_(x, -60.0, -math.inf).exp_()
 
 
 class GraphAttention(nn.Module):
@@ -368,7 +379,7 @@ class GraphAttention(nn.Module):
         h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
         s = torch.einsum("hnd,hd->hn", h, self.a_src)  # s_i + t_j is a^T [W x_i || W x_j] of eq. (2): (H,N) each
         t = torch.einsum("hnd,hd->hn", h, self.a_dst)
-        gathered = MaskedAttention.apply(h, s, t, adjacency)  # the sum of eq. (3): (H,N,out/H)
+        gathered = BlockwiseAttention.apply(h, s, t, adjacency)  # the sum of eq. (3): (H,N,out/H)
         if self.residual:
             gathered = gathered + h
         return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
@@ -536,7 +547,7 @@ def fit_collective(images, config=Config(), device="cpu", quiet=True):
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
-# Ours, not the paper's: a window of the photograph, in even light ----------------------------------------------
+# Ours, not the paper's: what is looked at ------------------------------------------------------------------------
 
 
 def rgb_to_lab(image):
@@ -551,43 +562,6 @@ def rgb_to_lab(image):
 def middle(n):
     """Centres of n cells that divide [-1,1]."""
     return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
-
-
-def border_weight(h, w):
-    """0.05 + the squared distance of the cells (h,w) from the middle, at most 1: how likely each is background."""
-    return (0.05 + middle(h)[:, None] ** 2 + middle(w) ** 2).clamp(max=1)
-
-
-UNEVEN = 6  # grey levels, the spread of the light over an image from which on it is taken out rather than left
-
-
-def even_light(lab, weight):
-    """Deviations of a Lab image (3,s,t) from its background, less uneven light and vignetting: (3,s,t).
-
-    The surface is a quadratic of the place, fitted by iteratively reweighted least squares to the means of 8 px cells,
-    so that what is not background (the object, hairs, highlights) has no say. weight (s/8,t/8): the cells to trust.
-    A large object may bend the surface: light falls off to all sides, so it must not be darkest in the middle, and one
-    that varies by less than about 6 grey levels is taken as level.
-    """
-
-    def basis(h, w):
-        y, x = torch.meshgrid(middle(h), middle(w), indexing="ij")
-        return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1)  # (h,w,6)
-
-    cells = F.avg_pool2d(lab, PATCH).flatten(1).T  # (cells,3)
-    terms, weight = basis(*weight.shape).flatten(0, 1), weight.flatten()
-    robust, ridge = weight, 1e-3 * torch.eye(6)
-    for _ in range(8):
-        weighted = terms.T * robust
-        coefficients = torch.linalg.solve(weighted @ terms + robust.mean() * ridge, weighted @ cells)  # (6,3)
-        deviation = cells - terms @ coefficients
-        spread = 1.4826 * deviation[weight > 0.2 * weight.max()].abs().median(0).values + 0.5  # grey levels
-        robust = weight / (1 + (deviation / spread).square().sum(1) / 4) ** 2
-    coefficients[[3, 5], 0] = coefficients[[3, 5], 0].clamp(max=0)  # of the lightness, along rows and columns
-    surface = basis(*lab.shape[1:]) @ coefficients  # (s,t,3)
-    mean, uneven = surface.mean((0, 1)), surface[..., 0].std(correction=0) / UNEVEN
-    share = uneven**4 / (uneven**4 + 1)
-    return lab - (mean + share * (surface - mean)).permute(2, 0, 1)
 
 
 def field_of_view(image):
@@ -617,15 +591,15 @@ def field_of_view(image):
 
 @dataclass(frozen=True)
 class View:
-    """A window of a photograph, resized to patches: all that a backbone sees. s, t: the sides of the resized window."""
+    """A photograph, or the surroundings of the user's box in it, resized to patches: all that a backbone sees."""
 
-    rgb: np.ndarray  # (H,W,3) uint8, the whole photograph
-    window: tuple  # (y0, x0, y1, x1) px, ends excluded, what is looked at
-    image: torch.Tensor  # (3,s,t) in [0,1], the window resized
+    image: torch.Tensor  # (3,s,t) in [0,1]
     stride: int  # px between patches
-    valid: torch.Tensor  # (rows,columns) over the whole photograph, 0 where no object can be; all 1 for a box
-    place: tuple = None  # (y, x, ry, rx) px, centre and half axes of where the object is; None before it is located
-    hint: str = ""  # "box" or "point", where the user has given it
+    box: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: what the image shows
+    valid: torch.Tensor  # (s/8,t/8), the cells of 8 px that can be object, 0 or 1
+    area: tuple  # (y0, x0, y1, x1) px of the image, inside which the object is: the user's box, or all of the image
+    ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes of the object, roughly; None: not yet
+    prompt: str = ""  # what the ellipse rests on: "box", "point", or "" where it was located
 
     @property
     def grid(self):
@@ -633,28 +607,24 @@ class View:
         return patch_grid(self.image.shape[1:], self.stride)
 
     def centres(self):
-        """Centres of the patches: (h,1) and (1,w), in px of the photograph."""
-        (y0, x0, y1, x1), (h, w) = self.window, self.grid
-        s, t = self.image.shape[1:]
-        rows, columns = (torch.arange(n) * self.stride + PATCH / 2 for n in (h, w))
-        return rows[:, None] * ((y1 - y0) / s) + y0, columns[None] * ((x1 - x0) / t) + x0
+        """Centres of the patches: (h,1) and (1,w), in px of the image."""
+        y, x = (torch.arange(n) * self.stride + PATCH / 2 for n in self.grid)
+        return y[:, None], x[None]
 
-    def allowed(self):
-        """The patches (h,w), 0 or 1, in the field of view."""
-        y, x = self.centres()
-        rows = (y[:, 0] * (self.valid.shape[0] / self.rgb.shape[0])).long()
-        return self.valid[rows][:, (x[0] * (self.valid.shape[1] / self.rgb.shape[1])).long()]
+    def valid_patches(self):
+        """The patches (h,w), 0 or 1, whose centre can be object."""
+        y, x = ((centres // PATCH).long().flatten() for centres in self.centres())
+        return self.valid[y][:, x]
 
-    def rho(self):
-        """Distances of the patches from the place in its own radii, (h,w): 0 at its centre, 1 on its ellipse."""
-        y, x = self.centres()
-        cy, cx, ry, rx = self.place
+    def distance_in_radii(self):
+        """Distances of the patches from the ellipse's centre in its radii, (h,w): 0 at its centre, 1 on the ellipse."""
+        (y, x), (cy, cx, ry, rx) = self.centres(), self.ellipse
         return torch.hypot((y - cy) / ry, (x - cx) / rx)
 
-    def core(self):
-        """The nodes (h,w), 0 or 1, that are mostly object: those in the ellipse of the place, at least one."""
-        rho = self.rho()
-        return (rho <= rho.min().clamp(min=1)).float()
+    def inside_ellipse(self):
+        """The patches (h,w), 0 or 1, that are mostly object: those inside the ellipse, at least one."""
+        distance = self.distance_in_radii()
+        return (distance <= distance.min().clamp(min=1)).float()
 
 
 # Ours: features without learned weights, and the choice of a backbone ------------------------------------------
@@ -662,25 +632,32 @@ class View:
 FLAT = 50  # grey levels, the length of a constant feature
 
 
-def builtin_descriptors(view):
-    """The evenly lit Lab colour of each patch of a View, (N,4) row-major; no learned weights.
+def colour_features(lab, background):
+    """Lab colours of patches (N,3) as features (N,4) of length 1; no learned weights.
 
-    Colours are deviations from the background's. The constant fourth feature keeps patches of nearly its colour alike,
-    whatever the noise in them, and lets large deviations saturate: eq. (1) compares directions.
+    Colours are deviations from the mean over the background, weights (N,). The constant fourth feature keeps patches of
+    nearly its colour alike, whatever the noise in them, and lets large deviations saturate: eq. (1) compares directions.
     """
-    cells = dataclasses.replace(view, stride=PATCH)
-    background = cells.rho() > 1 if view.place else border_weight(*cells.grid)
-    lab = even_light(rgb_to_lab(view.image), background * cells.allowed() + 1e-3)
-    colours = F.avg_pool2d(lab, PATCH, view.stride).flatten(1).T  # (N,3)
-    return F.pad(colours, (0, 1), value=FLAT)
+    return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=FLAT), dim=1)
+
+
+def join_features(deep, colour, share):
+    """A backbone's features (N,C) beside the colour's (N,4), rows of length 1: (N,C+4).
+
+    Their cosine is (1 - share) cos(deep) + share cos(colour), so eq. (1) thresholds the weighted mean of both.
+    deep: None for the colour alone.
+    """
+    if deep is None or share == 1:
+        return colour
+    return deep if share == 0 else torch.cat([math.sqrt(1 - share) * deep, math.sqrt(share) * colour], dim=1)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What turns a window of a photograph into patch features."""
+    """What turns a View of a photograph into patch features."""
 
     name: str  # "dino" or "builtin", or whatever it is that you hand to `segment`
-    extract: Callable  # View -> (N,C), row-major over its grid; they need not be normalised
+    extract: Callable | None  # View -> (N,C), row-major over its grid, of any length; None: colour alone
 
 
 def pick_device(device):
@@ -753,19 +730,43 @@ def load_dino(weights=None, branch="teacher", progress=True):
     return model.eval().requires_grad_(False)
 
 
+def load_backbone_file(path):
+    """The Backbone that a Python file defines by a function extract: View -> features (N,C), row-major over its grid.
+
+    Raises ValueError, which names the file, where it cannot be run or has no such function.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        if error.filename != str(path):  # a file that it wants itself
+            raise ValueError(f"backbone {path}: {reason(error)}") from error
+        raise ValueError(f"backbone {path}: there is no such file") from None
+    except Exception as error:  # whatever is wrong in it
+        raise ValueError(f"backbone {path}: {type(error).__name__}: {reason(error)}") from error
+    if not callable(getattr(module, "extract", None)):
+        raise ValueError(f"backbone {path}: it must define a function extract(view) that returns features (N,C)")
+    return Backbone(str(path), module.extract)
+
+
 @functools.lru_cache(maxsize=1)
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
-    """The Backbone by name: "dino", "builtin", or "auto", which is DINO where its weights can be had.
+    """The Backbone by name: "dino", "builtin" (colour alone), "auto", which is DINO where its weights can be had, or a
+    Python file, see `load_backbone_file`.
 
     Falls back only for "auto" without `weights`, and says so. The last answer is kept and given again. Raises as
-    load_dino, and ValueError for other names.
+    load_dino and load_backbone_file, and ValueError for other names.
     """
-    if backbone not in ("auto", "dino", "builtin"):
-        raise ValueError(f"backbone must be auto, dino or builtin, got {backbone!r}")
-    colours = Backbone("builtin", builtin_descriptors)
+    named = backbone in ("auto", "dino", "builtin")
+    if not named and Path(backbone).suffix != ".py":
+        raise ValueError(f"backbone must be auto, dino, builtin or a Python file FILE.py, got {backbone}")
+    if weights and backbone not in ("auto", "dino"):
+        raise ValueError(f"weights are for the dino backbone: leave them out with {backbone}")
+    if not named:
+        return load_backbone_file(Path(backbone))
+    colours = Backbone("builtin", None)
     if backbone == "builtin":
-        if weights:
-            raise ValueError("weights are for the dino backbone: leave them out with builtin")
         return colours
     device = pick_device(device)
     try:
@@ -789,9 +790,10 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
 
 # Ours: where the object is, roughly ----------------------------------------------------------------------------
 
-RADII = np.geomspace(0.07, 0.65, 16)  # of the discs that are tried, of the shorter side
+RADII = np.geomspace(0.07, 0.65, 16)  # of the discs that are tried, of the shorter side of the area that is searched
 POWER, CLICK_POWER = 0.6, 0.2  # of the radius in a disc's score: larger discs are preferred, less so where one clicked
 NEAR = 0.35  # radii, how far the point may be from the middle of its disc
+TIGHT, DISTINCT = 0.2, 1.5  # see `fills_box`
 
 
 def principal(features, components):
@@ -801,94 +803,215 @@ def principal(features, components):
     return centred @ axes.flip(1)[:, :components]
 
 
-def locate(features, valid, point=None):
-    """The disc (row, column, radius), in cells, whose features stand out: centre-surround contrast.
+def position_in(area, h, w):
+    """Where the cells (h,w) lie in an area (y0, x0, y1, x1), in cells: (h,1) and (1,w), -1 and 1 on its sides."""
+    y0, x0, y1, x1 = area
+    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
+    return (2 * (y - y0) / (y1 - y0) - 1)[:, None], (2 * (x - x0) / (x1 - x0) - 1)[None]
 
-    features (h,w,C) normalised, valid (h,w) 0 or 1. Two steps: the most salient point, the centre of the disc that
-    differs most from the ring around it and from the image's border alike (Itti, Koch and Niebur 1998; Achanta et al.
-    2009); then the size of the object there, that of the disc near the point which differs most from its ring alone.
-    point (row, column): the user's, in place of the first step.
+
+def remove_trend(features, weight, h, w):
+    """Features (N,C) of a grid (h,w) less their quadratic trend over the grid, fitted by least squares; weight (N,).
+
+    Learned features change with the distance from the middle and the sides of any image: zero padding, position
+    embeddings. That is no object.
+    """
+    y, x = (side.expand(h, w).flatten() for side in position_in((0, 0, h, w), h, w))
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=1)  # (N,6)
+    weighted = (terms * weight[:, None]).T
+    ridge = 1e-3 * weight.sum() * torch.eye(6)
+    return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
+
+
+def contrast_maps(deep, colour, background, h, w):
+    """What is searched for the object: one or two maps (12 or less,h,w), each centred and with mean square 1.
+
+    deep: the backbone's features (N,C), less their trend, or None; colour: (N,4), or None. background: weights (N,).
+    """
+    maps = [] if deep is None else [remove_trend(deep, background, h, w)]
+    maps += [] if colour is None else [colour]
+    maps = [principal(values, 12) / (values - values.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
+            for values in maps]  # the first components keep the distances, nearly  # fmt: skip
+    return [values.T.unflatten(1, (h, w)) for values in maps]
+
+
+def disc_contrasts(maps, valid, border, radii):
+    """How much the mean over each disc differs from that over the ring around it, and from the border's: (R,h,w) each.
+
+    maps (C,h,w); valid (h,w), 0 or 1; border (h,w), weights; radii: R, in cells. A disc or ring that is not all valid
+    counts less.
     """
     h, w = valid.shape
-    maps = principal(features.flatten(0, 1), 12).T.unflatten(1, (h, w))  # which keep the distances, nearly
-    border = border_weight(h, w) * valid
     common = (maps * border).sum((1, 2)) / border.sum().clamp(min=1e-6)
     pad = 2 * h, 2 * w  # room for the convolutions below, which wrap around
     layers = torch.fft.rfft2(torch.cat([maps, torch.ones(1, h, w)]) * valid, s=pad)[:, None]  # C+1: the last counts
     distance = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n) for n in pad), indexing="ij"))
-    inland = ((1 - middle(h)[:, None] ** 4) * (1 - middle(w) ** 4)) ** 2  # what touches the border is seldom the object
-    discs = []
-    for radius in min(h, w) * RADII:
+    from_ring, from_border = [], []
+    for radius in radii:
         disc = (distance <= radius).float()  # around (0,0)
         ring = (distance <= 1.4 * radius + 0.7).float() - disc
         sums = torch.fft.irfft2(layers * torch.fft.rfft2(torch.stack([disc, ring])), s=pad)[..., :h, :w]  # (C+1,2,h,w)
         count = sums[-1].round()
         means = sums[:-1] / count.clamp(min=1)
         shares = count / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # no ring in a tiny grid
-        contrast = (means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt()
-        discs.append((radius, contrast, (means[:, 0] - common[:, None, None]).norm(dim=0)))
+        from_ring.append((means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt())
+        from_border.append((means[:, 0] - common[:, None, None]).norm(dim=0))
+    return torch.stack(from_ring), torch.stack(from_border)
 
-    def best(score):  # of all radii: (16,h,w)
+
+def locate(maps, valid, area, point=None):
+    """The disc (row, column, radius), in cells, whose features stand out: centre-surround contrast.
+
+    maps: one or two maps (C,h,w); valid (h,w), 0 or 1; area (y0, x0, y1, x1), in cells, is searched. Two steps: the
+    most salient point, the centre of the disc that differs most from the ring around it and from the area's border
+    alike (Itti, Koch and Niebur 1998; Achanta et al. 2009), and on both maps, as each alone has other things that stand
+    out; then the size of the object there, that of the disc near the point which differs most from its ring.
+    point (row, column): the user's, in place of the first step.
+    """
+    h, w = valid.shape
+    y, x = position_in(area, h, w)
+    border = (0.05 + y**2 + x**2).clamp(max=1) * valid  # how likely each cell is background
+    inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # what touches the border is seldom the object
+    radii = torch.from_numpy(RADII).float() * min(area[2] - area[0], area[3] - area[1])
+    contrasts = [disc_contrasts(values, valid, border, radii) for values in maps]
+    radii = radii[:, None, None]
+
+    def best(score):  # of all radii: (R,h,w)
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
-        return int(row), int(column), float(discs[number][0])
+        return int(row), int(column), float(radii[number])
 
     power = POWER if point is None else CLICK_POWER
     if point is None:
-        point = best(torch.stack([r**power * ring * far.sqrt() * inland for r, ring, far in discs]))[:2]
+        salience = math.prod(from_ring * from_border.sqrt() for from_ring, from_border in contrasts)
+        point = best(salience ** (1 / len(maps)) * radii**power * inland)[:2]
     away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
-    return best(torch.stack([r**power * ring * torch.exp(-((away / r / NEAR) ** 2) / 2) for r, ring, _ in discs]))
+    from_ring = sum(from_ring.square() for from_ring, _ in contrasts).sqrt()  # of both maps as one
+    return best(from_ring * radii**power * torch.exp(-((away / radii / NEAR) ** 2) / 2))
+
+
+def fills_box(maps, valid, area):
+    """Whether the object fills an area (y0, x0, y1, x1), in cells, or is somewhere in it; arguments as in `locate`.
+
+    It does not where, on every map, the rim of the inscribed ellipse is like what lies outside the area, and not like
+    the middle: less than TIGHT of the way. Where middle and outside are alike, DISTINCT spreads or less apart, a map
+    cannot tell, and the user's word counts.
+    """
+    y, x = position_in(area, *valid.shape)
+    distance, seen = torch.hypot(y, x), valid > 0
+    middle, rim = seen & (distance <= 0.5), seen & (distance > 0.7) & (distance <= 1)
+    outside = seen & ((y.abs() > 1) | (x.abs() > 1))
+    if not (middle.any() and rim.any()):
+        return True
+    if not outside.any():  # then the area is all there is
+        return False
+    for values in maps:
+        inner, edge, outer = (values[:, cells].mean(1) for cells in (middle, rim, outside))
+        axis = F.normalize(inner - outer, dim=0)
+        spread = torch.stack([(axis @ values[:, cells]).var(correction=0) for cells in (middle, outside)]).mean().sqrt()
+        step = axis @ (inner - outer)
+        if step <= DISTINCT * spread or axis @ (edge - outer) > TIGHT * step:
+            return True
+    return False
 
 
 def node_weights(view, prior):
     """How much each patch in the field of view matters (N,): ever less from `prior` radii of the place on; 0: alike."""
-    fade = torch.exp(-((view.rho() / prior) ** 4) / 2) if prior else torch.ones(view.grid)
-    return (fade * view.allowed()).flatten()
+    fade = torch.exp(-((view.distance_in_radii() / prior) ** 4) / 2) if prior else torch.ones(view.grid)
+    return (fade * view.valid_patches()).flatten()
 
 
 RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
 
 
-def look(rgb, config, backbone, device="cpu", box=None, point=None):
-    """The View of the object in a photograph (H,W,3) uint8, its features f (N,C) normalised, its nodes' weights (N,).
-
-    box: (x0, y0, x1, y1) px, ends excluded: a rectangle around the object, given by the user; what lies outside it is
-    background. point: (x, y) px, near the middle of the object. Without either it is located.
-    Raises ValueError for a box or point not in the image, or both.
-    """
-    height, width = rgb.shape[:2]
-    box, point = (None if hint is None else tuple(np.asarray(hint).tolist()) for hint in (box, point))
+def check_prompt(box, point, height, width):
+    """A box and a point as tuples of numbers, or None. Raises ValueError where they are not inside the image, or both."""
+    box, point = (None if prompt is None else tuple(np.asarray(prompt).tolist()) for prompt in (box, point))
     if box and point:
         raise ValueError("a box tells the place already: leave the point out")
     x0, y0, x1, y1 = box or 2 * (point or (0, 0))
     if not (0 <= x0 < width and 0 <= y0 < height and (not box or x0 < x1 <= width and y0 < y1 <= height)):
         form = "box must be x0 < x1, y0 < y1" if box else "point must be"
         raise ValueError(f"the {form} inside the image, {width} x {height}; got {','.join(map(str, box or point))}")
+    return box, point
 
-    def see(window, stride, valid=None, place=None):
-        top, left, bottom, right = window
-        image = resize_image(rgb[top:bottom, left:right], config.size, stride)
-        valid = field_of_view(image) if valid is None else valid
-        view = View(rgb, window, image, stride, valid, place, "box" if box else "point" if point else "")
-        with torch.no_grad():
-            features = backbone.extract(view).to(device, torch.float32)
-        if len(features) != math.prod(view.grid):
-            raise ValueError(f"backbone {backbone.name}: {len(features)} features for {view.grid} patches")
-        return view, F.normalize(features, dim=1)
 
+def view_photograph(rgb, config, box=None):
+    """The View of a photograph (H,W,3) uint8, or of the surroundings of a box (x0, y0, x1, y1) in it."""
+    height, width = rgb.shape[:2]
+    image = resize_image(rgb, config.size)
+    valid, seen, area = field_of_view(image), (0, 0, height, width), None
     if box:
-        place, valid = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), torch.ones(1, 1)
-        reach = [max(half + RING, 1.6 * half, max(place[2:]) / 2) for half in place[2:]]  # a strip has many patches
+        x0, y0, x1, y1 = box
+        half = (y1 - y0) / 2, (x1 - x0) / 2
+        reach = [max(side + RING, 1.6 * side, max(half) / 2) for side in half]  # a strip has many patches
+        (cy, cx), (dy, dx) = ((y0 + y1) / 2, (x0 + x1) / 2), reach
+        seen = max(0, round(cy - dy)), max(0, round(cx - dx)), min(height, round(cy + dy)), min(width, round(cx + dx))
+        image = resize_image(rgb[seen[0] : seen[2], seen[1] : seen[3]], config.size, config.stride)
+        rows, columns = (np.linspace(start, stop, 2 * n + 1)[1::2] for start, stop, n in  # the centres of its cells
+                         zip(seen[:2], seen[2:], (side // PATCH for side in image.shape[1:])))  # fmt: skip
+        valid = valid[(rows * valid.shape[0] / height).astype(int)]
+        valid = valid[:, (columns * valid.shape[1] / width).astype(int)]
+        dy, dx = image.shape[1] / (seen[2] - seen[0]), image.shape[2] / (seen[3] - seen[1])
+        area = (y0 - seen[0]) * dy, (x0 - seen[1]) * dx, (y1 - seen[0]) * dy, (x1 - seen[1]) * dx
+    return View(image, config.stride, seen, valid, area or (0, 0, *image.shape[1:]))
+
+
+def extract_features(backbone, view, device):
+    """A backbone's features (N,C) of a View, rows of length 1; None for the colour alone.
+
+    Raises ValueError, which names the backbone, where it fails or what it returns is not as said.
+    """
+    if backbone.extract is None:
+        return None
+    n = math.prod(view.grid)
+    try:
+        with torch.no_grad():
+            features = backbone.extract(view)
+    except Exception as error:
+        raise ValueError(f"backbone {backbone.name}: extract failed: {type(error).__name__}: {reason(error)}") from error
+    if not isinstance(features, torch.Tensor):
+        raise ValueError(f"backbone {backbone.name}: extract must return a torch tensor, got {type(features).__name__}")
+    if features.ndim != 2 or len(features) != n or not features.shape[1]:
+        want = f"({n},C) for {view.grid[0]} x {view.grid[1]} patches"
+        raise ValueError(f"backbone {backbone.name}: extract must return features {want}, got {tuple(features.shape)}")
+    features = features.detach().to(device, torch.float32)
+    if not features.isfinite().all():
+        raise ValueError(f"backbone {backbone.name}: extract returned values that are not finite numbers")
+    return F.normalize(features, dim=1)
+
+
+def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
+    """The View of the object in a photograph (H,W,3) uint8, its features f (N,C) normalised, its nodes' weights (N,).
+
+    box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, given by the user; what lies outside it
+    is background. point: (x, y) px, near the middle of the object. Without either it is looked for in all the image.
+    Raises ValueError for a box or point not in the image, or both, and for a backbone that fails.
+    """
+    box, point = check_prompt(box, point, *rgb.shape[:2])
+    view = view_photograph(rgb, config, box)
+    deep = None if config.colour == 1 else extract_features(backbone, view, device)
+    lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
+
+    def cells(values):  # of the patches that do not overlap, one a cell
+        return values.unflatten(0, view.grid)[:: PATCH // view.stride, :: PATCH // view.stride].flatten(0, 1)
+
+    (h, w), area = view.valid.shape, [side / PATCH for side in view.area]
+    y, x = position_in(area, h, w)
+    background = ((0.05 + y**2 + x**2).clamp(max=1) * view.valid + 1e-3).flatten()
+    colour = None if deep is not None and config.colour == 0 else colour_features(cells(lab), background)
+    maps = contrast_maps(None if deep is None else cells(deep).cpu(), colour, background, h, w)
+    if box and fills_box(maps, view.valid, area):
+        y0, x0, y1, x1 = view.area
+        ellipse, prompt = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), "box"
     else:
-        view, features = see((0, 0, height, width), PATCH)
-        cell_y, cell_x, valid = height / view.grid[0], width / view.grid[1], view.valid
-        given = point and ((y0 + 0.5) / cell_y - 0.5, (x0 + 0.5) / cell_x - 0.5)
-        row, column, radius = locate(features.cpu().unflatten(0, view.grid), valid, given)
-        place = (row + 0.5) * cell_y, (column + 0.5) * cell_x, radius * cell_y, radius * cell_x
-        reach = [max(PATCH, config.window * half) for half in place[2:]]  # at least one patch, in a corner too
-    (y, x), (dy, dx) = place[:2], reach
-    window = max(0, round(y - dy)), max(0, round(x - dx)), min(height, round(y + dy)), min(width, round(x + dx))
-    view, features = see(window, config.stride, valid, place)
-    return view, features, node_weights(view, config.prior).to(device)
+        if point:
+            y, x = ((at + 0.5) * n / side - 0.5 for at, n, side in zip(point[::-1], (h, w), rgb.shape))
+        row, column, radius = locate(maps, view.valid, area, (y, x) if point else None)
+        ellipse, prompt = (PATCH * (row + 0.5), PATCH * (column + 0.5), PATCH * radius, PATCH * radius), ""
+    view = dataclasses.replace(view, ellipse=ellipse, prompt="point" if point else prompt)
+    outside = (view.distance_in_radii() > 1) * view.valid_patches() + 1e-3
+    colour = colour_features(lab, outside.flatten()).to(device)
+    return view, join_features(deep, colour, config.colour), node_weights(view, config.prior).to(device)
 
 
 # From photograph to mask ---------------------------------------------------------------------------------------
@@ -920,7 +1043,7 @@ def choose(view, assignment, adjacency, config):
     place says. What clusters and features agree on wins; the rest is for the place, and then for the colours.
     """
     core, seen = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
-                  for nodes in (view.core(), view.allowed()))  # (K,), how common each cluster is there  # fmt: skip
+                  for nodes in (view.inside_ellipse(), view.valid_patches()))  # (K,), how common each cluster is there  # fmt: skip
     # How much commoner it is in the place than in the window. For K = 2 exactly one is above 0, unless they are
     # alike. The rule is ours, as the paper states none; no ground truth is involved.
     score = core / seen.clamp(min=1e-6) - 1
@@ -934,43 +1057,42 @@ def choose(view, assignment, adjacency, config):
         likeness = likeness.clamp(min=0.01).log()  # below is noise
         log_odds = config.evidence * (likeness[:, 0] - likeness[:, 1])
         log_odds = torch.where(log_odds * (foreground - 0.5) > 0, log_odds, 0)
-        most, radius = PLACE[view.hint]
-        place = most * (1 - view.rho() / radius).clamp(min=-1).flatten()
+        most, radius = PLACE[view.prompt]
+        place = most * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
         foreground = torch.sigmoid(log_odds + place.to(assignment))
-    return assignment.cpu(), background, foreground.cpu() * view.allowed().flatten()
+    return assignment.cpu(), background, foreground.cpu() * view.valid_patches().flatten()
 
 
-def finish(view, assignment, adjacency, config):
+def finish(view, assignment, adjacency, config, size):
     """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
 
-    What `choose` makes of them is upsampled to the resized window, refined there by the bilateral solver, which trusts
-    it as far as it is sure, cluster by cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and
-    cleaned.
+    What `choose` makes of them is upsampled to the View's image, refined there by the bilateral solver, which trusts it
+    as far as it is sure, cluster by cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and
+    cleaned. size: (H,W) of the photograph. Returns a dictionary of fields of `Segmentation`.
     """
     assignment, background, foreground = choose(view, assignment, adjacency, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
-    targets = maps[..., : 1 if config.clusters == 2 else None]  # for K = 2 one is enough
+    refined = 1 if config.clusters == 2 else 1 + config.clusters  # for K = 2 one is enough
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
         # A pixel is trusted by the log-odds of the second look: where that is unsure, the colours decide. Twice, so
         # that odds of 5 to 3 count as much as the 0.999 by which the authors' code trusts every pixel, and its lambda
         # holds; what is out of the field of view is surely background. The clip keeps it finite, at most 32.
         trust = 2 * np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.evidence else 0.999
-        targets[:] = bilateral.solve(targets, guide, trust, smoothness=config.smoothness)
-    targets[:] = ndimage.gaussian_filter(targets, (config.contour, config.contour, 0))  # the solver's cells are flat
+        maps[..., :refined] = bilateral.solve(maps[..., :refined], guide, trust, smoothness=config.smoothness)
+    maps[..., :refined] = ndimage.gaussian_filter(maps[..., :refined], (config.contour, config.contour, 0))
 
-    y0, x0, y1, x1 = view.window
-    size = y1 - y0, x1 - x0  # H' and W', of the window
+    y0, x0, y1, x1 = view.box
+    seen = y1 - y0, x1 - x0  # H' and W', of what the View shows
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
-    maps = F.interpolate(maps, size=size, mode="bilinear", antialias=True)[0].numpy()  # (1+K,H',W')
-    soft = maps[0].clip(0, 1)
-    if view.hint == "box":
-        (y, x, ry, rx), inside = view.place, np.zeros(size)
-        inside[round(y - ry) - y0 : round(y + ry) - y0, round(x - rx) - x0 : round(x + rx) - x0] = 1
-        soft *= inside
+    maps = F.interpolate(maps, size=seen, mode="bilinear", antialias=True)[0].numpy()  # (1+K,H',W')
+    scale = [n / side for n, side in zip(seen + seen, view.image.shape[1:] + view.image.shape[1:])]
+    top, left, bottom, right = (round(at * by) for at, by in zip(view.area, scale))  # of the user's box
+    soft = np.zeros(seen, np.float32)
+    soft[top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
 
-    mask, probability, labels = (np.zeros(view.rgb.shape[:2], kind) for kind in (bool, np.float32, np.uint8))
+    mask, probability, labels = (np.zeros(size, kind) for kind in (bool, np.float32, np.uint8))
     probability[y0:y1, x0:x1] = soft
     mask[y0:y1, x0:x1] = clean_mask(soft > 0.5, config.components)
     # The likeliest cluster, of the foreground ones inside the mask and of the others outside it
@@ -979,18 +1101,20 @@ def finish(view, assignment, adjacency, config):
     if config.invert and background < config.clusters:  # without an object there is nothing to swap
         mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
         assignment = assignment.flip(1)
-    return mask, probability, labels, assignment.unflatten(0, view.grid).numpy()
+    assignment = assignment.unflatten(0, view.grid).numpy()
+    return {"mask": mask, "probability": probability, "labels": labels, "assignment": assignment}
 
 
 @dataclass(frozen=True)
 class Segmentation:
     """What `segment` returns; H, W are the image's own size after its EXIF rotation."""
 
+    image: np.ndarray  # (H,W,3) uint8, the photograph
     mask: np.ndarray  # (H,W) bool, the object
     probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning
     labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from surest background to surest object, as in `finish`
     assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
-    view: View  # the window that was looked at, and the place
+    view: View  # what was looked at, and the object's ellipse
     features: torch.Tensor  # (N,C) f, rows of length 1
     modularity: float  # of the clusters, Q of eq. (6); near 0 where the graph has no communities
     history: list  # the loss before every step taken
@@ -1002,12 +1126,12 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
             device="auto", shared=None, progress=False):  # fmt: skip
     """Segment one photograph: the whole method.
 
-    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box (x0, y0, x1, y1), point (x, y): px, see `look`.
-    backbone: "auto", "dino", "builtin", or a Backbone. weights, branch: see `load_dino`. device: "auto", "cpu", "cuda"
-    or "mps". shared: parameters from `fit_collective`, without which config.collective does nothing. progress: show the
-    bar of a download.
+    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box (x0, y0, x1, y1), point (x, y): px, see
+    `extract_nodes`. backbone: "auto", "dino", "builtin", a Python file with a function extract, or a Backbone. weights,
+    branch: see `load_dino`. device: "auto", "cpu", "cuda" or "mps". shared: parameters from `fit_collective`, without
+    which config.collective does nothing. progress: show the bar of a download.
     Returns a Segmentation. Raises ImageError for an image that cannot be segmented, ValueError and OSError for
-    settings, weights or a device that cannot be had.
+    settings, weights, a backbone or a device that cannot be had.
     """
     device = pick_device(device)
     if not isinstance(backbone, Backbone):
@@ -1016,17 +1140,18 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     clock = [time.perf_counter()]
     rgb = load_image(image)
     clock.append(time.perf_counter())
-    view, features, weights = look(rgb, config, backbone, device, box, point)
+    view, features, weights = extract_nodes(rgb, config, backbone, device, box, point)
     clock.append(time.perf_counter())
     adjacency = build_graph(features, config.tau, weights)
     assignment, history, modularity = fit(features, adjacency, config, shared)
     if modularity < COMMUNITIES:
         log.warning("%s: no communities are found in %d epochs, and so no object", name, len(history))
     clock.append(time.perf_counter())
-    outcome = finish(view, assignment, adjacency, config)
+    masks = finish(view, assignment, adjacency, config, rgb.shape[:2])
     clock.append(time.perf_counter())
     seconds = dict(zip(("read", "features", "fit", "refine"), np.diff(clock).tolist()))
-    return Segmentation(*outcome, view, features, modularity, history, backbone.name, seconds)
+    return Segmentation(image=rgb, **masks, view=view, features=features, modularity=modularity, history=history,
+                        backbone=backbone.name, seconds=seconds)  # fmt: skip
 
 
 # Pictures ------------------------------------------------------------------------------------------------------
@@ -1071,10 +1196,9 @@ def side_by_side(tiles, columns):
 def explain(result, config):
     """One picture of the stages of a Segmentation side by side, each with its caption: a PIL image."""
     view, features = result.view, result.features.cpu()
-    (y0, x0, y1, x1), (h, w) = view.window, view.grid
-    seen, (y, x, ry, rx) = Image.fromarray(view.rgb), view.place
-    ImageDraw.Draw(seen).ellipse((x - rx, y - ry, x + rx, y + ry), outline=TINT, width=max(2, (x1 - x0) // 100))
-    seen = seen.crop((x0, y0, x1, y1))
+    (y0, x0, y1, x1), (h, w) = view.box, view.grid
+    seen, (y, x, ry, rx) = Image.fromarray((view.image * 255).round().byte().permute(1, 2, 0).numpy()), view.ellipse
+    ImageDraw.Draw(seen).ellipse((x - rx, y - ry, x + rx, y + ry), outline=TINT, width=3)
 
     components = F.pad(principal(features, 3), (0, max(0, 3 - features.shape[1])))
     low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
@@ -1087,11 +1211,11 @@ def explain(result, config):
     scale = 256 / min(y1 - y0, x1 - x0)
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
     tiles = [
-        tile("1  window around the place", seen, size),
+        tile("1  where the object is, roughly", seen, size),
         tile(f"2  features ({result.backbone}), PCA", Image.fromarray((colours * 255).astype(np.uint8)), size),
         tile("3  graph: row of the blue patch", Image.fromarray(row), size),
         tile("4  soft assignment", Image.fromarray(heat(result.assignment[..., -1])), size),
-        tile("5  refined mask", overlay(view.rgb[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]), size),
+        tile("5  refined mask", overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]), size),
     ]
     return side_by_side(tiles, len(tiles))
 
@@ -1111,7 +1235,7 @@ def in_colours(labels):
 KINDS = {  # of output: what it is, and the PIL image of a Segmentation
     "probability": ("8 bit", lambda result, _: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))),
     "labels": ("the clusters in colours", lambda result, _: in_colours(result.labels)),
-    "overlay": ("the mask on the image", lambda result, _: overlay(result.view.rgb, result.mask)),
+    "overlay": ("the mask on the image", lambda result, _: overlay(result.image, result.mask)),
     "explain": ("the stages side by side", explain),
     "mask": (None, lambda result, _: Image.fromarray(result.mask.astype(np.uint8) * 255)),
 }
@@ -1137,8 +1261,8 @@ def add_config_flags(parser):
 
 def add_backbone_flags(parser):
     """The flags that say which features and where, the same for both programs."""
-    parser.add_argument("--backbone", choices=["auto", "dino", "builtin"], default="auto",
-                        help="features: DINO's, the built-in colours, or DINO's if it can be had (auto)")  # fmt: skip
+    parser.add_argument("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, colour alone; auto "
+                        "(default), DINO's if they can be had; or FILE.py, which defines extract(view)")  # fmt: skip
     parser.add_argument("--weights", type=Path, help="DINO's weights file, not torch.hub's cache or a download")
     parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -1289,7 +1413,7 @@ def run(options):
         scenes = []
         for image, _ in plan:
             with contextlib.suppress(Exception):  # of which the image's own turn will tell
-                scenes.append([x.cpu() for x in look(load_image(image), config, backbone, device, **hints)[1:]])
+                scenes.append([x.cpu() for x in extract_nodes(load_image(image), config, backbone, device, **hints)[1:]])
         how["shared"] = fit_collective(scenes, config, device, options.quiet or rank > 0)
     cores, failures = torch.get_num_threads(), []
     workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
