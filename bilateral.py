@@ -126,8 +126,12 @@ def solve(
     iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
         earlier at this relative residual.
     Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the tolerance.
-    Raises ValueError for shapes that disagree, values that are not finite, a confidence below 0 or infinite.
+    The answer is the same for a target, or a confidence and a smoothness, in another unit.
+    Raises ValueError for shapes that disagree, masked arrays, values that are not finite, a confidence below 0 or
+    infinite, a target that spans more than float64, a smoothness over 1e100 times the confidence.
     """
+    if np.ma.isMaskedArray(target) or np.ma.isMaskedArray(confidence):
+        raise ValueError("masked arrays are not supported: fill the target and give confidence 0 where it is masked")
     target = np.asarray(target, float)
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])
     if target.shape[:2] != np.shape(guide)[:2] or target.ndim not in (2, 3):
@@ -138,6 +142,17 @@ def solve(
         raise ValueError("confidence must be a finite number of at least 0, or (H,W) of them")
     if not 0 <= smoothness < np.inf:
         raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
+
+    # In units of their own largest values, so that no product leaves the range of float64
+    offset, peak = float(target.min()), float(confidence.max())
+    unit = float(target.max()) - offset or 1.0
+    if not unit < np.inf:
+        raise ValueError("the target's values span more than float64 can hold: scale them down")
+    target = (target - offset) / unit
+    if peak > 0:
+        if smoothness > 1e100 * peak:
+            raise ValueError(f"smoothness {smoothness:g} is over 1e100 times the largest confidence, {peak:g}")
+        confidence, smoothness = confidence / peak, smoothness / peak
 
     grid = BilateralGrid(guide, sigma_spatial, sigma_luma, sigma_chroma)
     trust = grid.splat(confidence)  # (V,)
@@ -153,4 +168,4 @@ def solve(
         how = dict(rtol=tolerance, atol=floor, maxiter=iterations, M=precondition)
         change, _ = cg(system, evidence - system @ start, **how)
         solution[(..., *k)] = grid.slice(start + change)
-    return solution
+    return solution * unit + offset

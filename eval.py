@@ -345,27 +345,63 @@ def pair_files(images, masks):
 
 
 def load_mask(path, shape):
-    """Read a mask: (H,W) bool, what is brighter than half of its maximum.
+    """Read a mask of two values: (H,W) bool, the brighter of them.
 
-    So 0/1, 0/255, 16 bit and palettes all do, and JPEG's 0/255 with its ringing; colours count by their brightest
-    channel, transparency as black; EXIF turns it as it does the image. Raises unsegmedgat.ImageError where it cannot be
-    read, or its size is not `shape` (H,W).
+    So 0/1, 0/255, 16 bit and palettes all do, and colours; transparency counts as black, EXIF turns it as it does the
+    image. Values in between do where they are a soft rim. A JPEG's are cut at half of 255, as it rings around both.
+    Raises unsegmedgat.ImageError where it cannot be read, has other values, or its size is not `shape` (H,W).
     """
     try:
         with Image.open(path) as image:
-            jpeg, image = image.format == "JPEG", ImageOps.exif_transpose(image)
+            lossy, image = image.format in ("JPEG", "MPO", "WEBP"), u.turn_upright(image)
             if image.mode in ("P", "PA", "LA", "RGBA", "CMYK") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-            values = np.asarray(image).astype(np.float32)
+            values = np.atleast_3d(np.asarray(image).astype(float))  # (H,W,1) or (H,W,3)
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
-        raise u.ImageError(f"{path}: the mask cannot be read ({u.reason(error)})") from None
-    values = values.max(2) if values.ndim == 3 else values
-    if values.shape != tuple(shape):
-        hint = ": was only one of them rotated?" if values.shape == tuple(shape)[::-1] else ""
-        (h, w), (height, width) = values.shape, shape
+        raise u.ImageError(f"{path}: the mask cannot be read: {u.why_unreadable(error)}") from None
+    if values.shape[:2] != tuple(shape):
+        hint = ": was only one of them rotated?" if values.shape[:2] == tuple(shape)[::-1] else ""
+        (h, w), (height, width) = values.shape[:2], shape
         raise u.ImageError(f"{path}: the mask is {w} x {h}, the image {width} x {height} pixels{hint}")
-    return values > (127.5 if jpeg else values.max() / 2)  # an empty JPEG mask rings around 0
+    if not np.isfinite(values).all():
+        raise u.ImageError(f"{path}: the mask has values that are not finite numbers: make it binary, 0 and 255")
+    if lossy:
+        if ((values > 32) & (values < 224)).any(2).mean() > 0.2:
+            raise u.ImageError(f"{path}: this is no mask of two values but a picture: were images and masks swapped?")
+        return values.max(2) > 127.5
+    return two_sided(values, path)
+
+
+RIM = 3  # px, how far the soft rim of a mask may reach: anti-aliasing, or resizing by a small factor
+FEW = 16  # values that a mask of several classes may have; a soft rim with noise has more
+
+
+def two_sided(values, path):
+    """The brighter side (H,W) bool of values (H,W,1) or (H,W,3): two of them, perhaps with a soft rim between.
+
+    Where there are many values, those within a tenth of either side are noise, as a JPEG leaves it.
+    Raises unsegmedgat.ImageError for other values: classes, a void rim around the object, a soft prediction.
+    """
+    if (values == values[..., :1]).all():  # grey
+        values = values[..., :1]
+    _, first, index = np.unique(values @ [1, 1e3, 1e6][: values.shape[2]], return_index=True, return_inverse=True)
+    colours, index = values.reshape(-1, values.shape[2])[first], index.reshape(values.shape[:2])
+    order = np.lexsort((colours.sum(1), colours.max(1)))  # by the brightest channel, then by all
+    low, high = colours[order[0]], colours[order[-1]]
+    if len(colours) == 1:
+        return np.full(index.shape, bool(high.max() > 0))
+    share = (colours - low) @ (high - low) / np.square(high - low).sum()  # 0 on the darker side, 1 on the brighter
+    mixed = np.abs(colours - low - share[:, None] * (high - low)).max(1) < 0.05 * np.abs(high - low).max()
+    noise = 0.1 if len(colours) > FEW else 0
+    dark, bright, near = (share <= noise)[index], (share >= 1 - noise)[index], np.ones((3, 3), bool)
+    between = ~dark & ~bright
+    rim = ndimage.binary_dilation(dark, near, RIM) & ndimage.binary_dilation(bright, near, RIM)
+    if not mixed.all() or (between & ~rim).sum() > 0.1 * between.sum():
+        names = ", ".join(",".join(f"{value:g}" for value in colour) for colour in colours[:5])
+        raise u.ImageError(f"{path}: the mask has {len(colours)} values ({names}{', ...' if len(colours) > 5 else ''}), "
+                           "not two: make it binary, the object 255 and all else 0")  # fmt: skip
+    return (share > 0.5)[index]
 
 
 def inner_point(mask):

@@ -1,6 +1,7 @@
 """Tests: each part against an independent reference, on tiny inputs. Run `python -m pytest -q`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +16,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -26,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from torch import nn
@@ -489,7 +492,7 @@ BAD_WEIGHTS = {  # how a file is made from a good state_dict, and what is said o
     "html": (lambda path, good: path.write_text("<!DOCTYPE html><html>404 not found</html>"), "loaded safely"),
     "code": (lambda path, good: torch.save({"cls_token": Malicious()}, path), "loaded safely"),
     "plain pickle": (lambda path, good: path.write_bytes(pickle.dumps(Malicious())), "loaded safely"),
-    "flipped bit": (save_flipped, "bad.pth: cannot be loaded safely .*damaged"),
+    "flipped bit": (save_flipped, "bad.pth: cannot be loaded safely: .*damaged"),
     "a list": (lambda path, good: torch.save([1, 2], path), "got <class 'list'>"),
     "other network": (lambda path, good: torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path), "cls_token"),
     "lacks one": (lambda path, good: torch.save(dict(list(good.items())[:-1]), path), "norm.bias"),
@@ -505,40 +508,84 @@ def test_bad_weights_are_refused_with_the_reason(dino_files, tmp_path, capsys, p
     write(path, dino_files[1]["teacher"])
     assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), "--weights", str(path)]) == 2
     assert len(caplog.messages) == 1 and re.search(says, caplog.messages[0]) and "\n" not in caplog.messages[0]
+    assert "weights_only" not in caplog.text and "bad.pth" in caplog.text
     assert "code in a pickle has run" not in capsys.readouterr().out
     assert not (tmp_path / "mask.png").exists()
 
 
-def test_download_is_cached_and_its_digest_checked(tmp_path, monkeypatch):
-    host = tmp_path / "dino.pth"
-    host.write_bytes(b"weights")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of torch.hub in place of the user's: the path of DINO's file in it."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(u, "DINO_URL", host.as_uri())
-    with pytest.raises(OSError, match="invalid hash"):
-        u.fetch_dino(progress=False)
-    assert not list((tmp_path / "hub" / "checkpoints").iterdir())  # neither the file nor a part of it
-    monkeypatch.setattr(u, "DINO_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert u.fetch_dino(progress=False).read_bytes() == b"weights"
-    host.unlink()
-    assert u.fetch_dino(progress=False).read_bytes() == b"weights"  # it came from the cache
-
-
-def test_auto_falls_back_with_one_clear_line_and_dino_never_does(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(u, "PATIENCE", 0.3)
-    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
-    monkeypatch.setattr(u, "DINO_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/dino.pth")
     u.load_backbone.cache_clear()
+    yield u.cached_dino()
+    u.load_backbone.cache_clear()
+
+
+def test_a_download_is_cached_and_its_digest_checked_and_a_damaged_file_in_the_cache_is_loaded_anew(
+    hub, tmp_path, dino_files, monkeypatch
+):
+    host = shutil.copy(dino_files[0] / "backbone.pth", tmp_path / "dino.pth")
+    monkeypatch.setattr(u, "DINO_URL", host.as_uri())
+    hub = u.cached_dino()
+    with pytest.raises(OSError, match="invalid hash"):
+        u.load_dino(progress=False)
+    assert not list(hub.parent.iterdir())  # neither the file nor a part of it
+    monkeypatch.setattr(u, "DINO_SHA256", hashlib.sha256(host.read_bytes()).hexdigest())
+    hub.write_bytes(b"")  # as a full disk leaves it
+    for _ in range(2):  # downloaded, then from the cache
+        torch.testing.assert_close(dict(u.load_dino(progress=False).state_dict()), dino_files[1]["teacher"])
+        host.unlink(missing_ok=True)
+    hub.write_text("<html>")
+    with pytest.raises(OSError, match="failed .*; .*dino.pth: cannot be loaded safely"):
+        u.load_dino(progress=False)
+
+
+def silent_host():
+    """A server that accepts, and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    return server, f"http://127.0.0.1:{server.getsockname()[1]}/dino.pth"
+
+
+def test_auto_falls_back_with_one_clear_line_and_dino_never_does(hub, monkeypatch, caplog):
+    server, url = silent_host()
+    monkeypatch.setattr(u, "PATIENCE", 0.3)
+    monkeypatch.setattr(u, "DINO_URL", url)
     assert segment(lesion()[0], backbone="auto", size=64).backbone == "builtin"
     assert len(caplog.messages) == 1 and "--weights FILE" in caplog.messages[0] and "failed" in caplog.messages[0]
     with pytest.raises(OSError, match="from 127.0.0.1:.* failed"):
         u.load_backbone("dino", None, "teacher", "cpu")
-    monkeypatch.setattr(u, "fetch_dino", lambda *_: pytest.fail("builtin must not try the network"))
+    monkeypatch.setattr(u, "download_dino", lambda *_: pytest.fail("builtin must not try the network"))
     assert u.load_backbone("builtin", None, "teacher", "cpu").name == "builtin"
-    u.load_backbone.cache_clear()
 
 
-def test_dino_gets_the_window_normalised_as_for_imagenet(dino_files):
+@pytest.mark.parametrize("wrong", ["a proxy without a port", "nonsense for an answer", "a damaged file, no network"])
+def test_auto_falls_back_whatever_is_wrong_with_the_network_or_the_cache(hub, monkeypatch, caplog, wrong):
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(u, "PATIENCE", 5)
+    if wrong == "a proxy without a port":
+        monkeypatch.setenv("https_proxy", "http://proxy:port")
+    else:
+        server = socket.create_server(("127.0.0.1", 0))
+        monkeypatch.setattr(u, "DINO_URL", f"http://127.0.0.1:{server.getsockname()[1]}/{hub.name}")
+
+        def answer():
+            connection, _ = server.accept()
+            connection.recv(9999)
+            connection.sendall(b"nonsense\r\n\r\n")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+    if wrong.startswith("a damaged file"):
+        hub.parent.mkdir(parents=True)
+        hub.write_bytes(b"")
+    backbone = u.load_backbone("auto", None, "teacher", "cpu", False)
+    assert backbone.name == "builtin" and len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+    assert (str(hub) in caplog.text) == wrong.startswith("a damaged file") and "weights_only" not in caplog.text
+
+
+def test_dino_gets_the_image_normalised_as_for_imagenet(dino_files):
     view = view_of(lesion()[0], (16, 24, 80, 128))
     image = normalize(view.image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
     expected = u.load_dino(dino_files[0] / "backbone.pth").keys(image)[0]
@@ -603,7 +650,10 @@ def test_bilateral_keeps_constants_follows_edges_and_takes_zero_confidence(guide
     [(dict(target=np.zeros((3, 3))), "same height"), (dict(target=np.full((23, 31), np.nan)), "finite"),
      (dict(confidence=-0.5), "confidence"), (dict(confidence=np.inf), "confidence"),
      (dict(confidence=np.nan), "confidence"), (dict(sigma_luma=0), "sigma_luma"), (dict(smoothness=-1), "smoothness"),
-     (dict(guide=np.zeros((23, 31), np.uint8)), "guide"),
+     (dict(guide=np.zeros((23, 31), np.uint8)), "guide"), (dict(confidence=1e-200), "1e100 times"),
+     (dict(target=np.where(np.eye(23, 31) > 0, 1e308, -1e308)), "scale them down"),
+     (dict(target=np.ma.zeros((23, 31))), "masked arrays"),
+     (dict(confidence=np.ma.zeros((23, 31))), "masked arrays"),
      (dict(guide=np.zeros((23, 31, 3))), "guide"), (dict(sigma_spatial=1e-9, sigma_luma=1e-4), "larger sigmas"),
      (dict(sigma_luma=5e-4, sigma_chroma=5e-4, sigma_spatial=1e-4), "larger sigmas")],
     ids=str,
@@ -611,6 +661,15 @@ def test_bilateral_keeps_constants_follows_edges_and_takes_zero_confidence(guide
 def test_bilateral_refuses_what_makes_no_sense(guide, change, says):
     with pytest.raises(ValueError, match=says):
         bilateral.solve(**dict(target=np.zeros((23, 31)), guide=guide) | change)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-160, 1e160, 1e300])
+def test_bilateral_solution_does_not_depend_on_the_unit(guide, unit):
+    target, confidence = np.random.default_rng(0).random((23, 31)), np.random.default_rng(1).random((23, 31))
+    usual = bilateral.solve(target, guide, confidence, smoothness=2)
+    np.testing.assert_allclose(bilateral.solve(target * unit, guide, confidence, smoothness=2) / unit, usual, atol=1e-6)
+    scaled = bilateral.solve(target, guide, confidence * unit, smoothness=2 * unit)
+    np.testing.assert_allclose(scaled, usual, atol=1e-6)
 
 
 def test_bilateral_needs_no_torch():
@@ -649,6 +708,32 @@ def test_transparency_is_laid_on_white_exif_turns_the_image_and_arrays_are_image
     assert np.array_equal(u.load_image(rgb), rgb)
     with pytest.raises(u.ImageError, match="uint8"):
         u.load_image(rgb / 255)
+
+
+@pytest.mark.parametrize("exif, turned", [
+    (b"Exif\0\0II", 0), (b"Exif\0\0nonsense", 0), (b"Exif\0\0" + bytes(30), 0),
+    (b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0", -1),
+    # the same, beside a tag whose value lies outside of the file
+    (b"Exif\0\0II*\0\x08\0\0\0\x02\0\x0f\x01\x02\0\xff\xff\0\0\xff\xff\xff\0"
+     b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0", -1),
+], ids=["cut", "nonsense", "zeros", "sound", "a broken tag"])  # fmt: skip
+def test_broken_exif_leaves_the_pixels_and_a_readable_orientation_counts(tmp_path, exif, turned):
+    rgb, truth = lesion(64, 96)
+    Image.fromarray(rgb).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(truth).save(tmp_path / "mask.png", exif=exif)
+    assert np.array_equal(u.load_image(tmp_path / "a.png"), np.rot90(rgb, turned))
+    truth = np.rot90(truth, turned)
+    assert np.array_equal(evaluator.load_mask(tmp_path / "mask.png", truth.shape), truth)
+
+
+@pytest.mark.parametrize("value", [1, *u.TURNS])
+def test_pixels_are_turned_as_pillow_turns_them(value):
+    image, exif = Image.fromarray(lesion(64, 96)[0]), Image.Exif()
+    exif[0x0112] = value
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    assert np.array_equal(u.load_image(Image.open(file)), expected)
 
 
 @pytest.mark.parametrize("stride", [8, 4, 2])
@@ -784,12 +869,78 @@ def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
     assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
 
 
-@pytest.mark.parametrize("hint", [dict(point=(128, 5)), dict(point=(-1, 5)), dict(point=(math.nan, 5)),
-                                  dict(point=(5, 5), box=(0, 0, 50, 50)), dict(box=(5, 5, 5, 9)),
-                                  dict(box=(0, 0, 200, 50))], ids=str)  # fmt: skip
-def test_a_place_that_cannot_be_is_refused(hint):
-    with pytest.raises(ValueError, match="inside the image|leave the point out"):
+@pytest.mark.parametrize("hint", [
+    dict(point=(128, 5)), dict(point=(-1, 5)), dict(point=(math.nan, 5)), dict(point="5,5"), dict(point=()),
+    dict(point=(5,)), dict(point=[(5, 5), (9, 9)]), dict(point=("5", "5")), dict(point=5), dict(point={1: 2}),
+    dict(point=(5, 5), box=(0, 0, 50, 50)), dict(box=(5, 5, 5, 9)), dict(box=(0, 0, 200, 50)), dict(box="0,0,50,50"),
+    dict(box=[]), dict(box=(0, 0, 50)), dict(box=[(0, 0, 50, 50)]), dict(box=((0, 0), (50, 50))),
+    dict(box=(0, 0, (50,), 50)), dict(box=(0, 0, None, 50))], ids=str)  # fmt: skip
+def test_a_prompt_that_cannot_be_is_refused_in_one_line(hint):
+    with pytest.raises(ValueError, match="inside the image, 128 x 96; got|leave the point out") as error:
         segment(lesion()[0], **hint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("box", [np.array([20, 12, 96, 84], np.int16), torch.tensor([20.0, 12, 96, 84]), [20, 12, 96, 84]])
+def test_a_box_may_be_any_four_numbers(box):
+    expected = segment(lesion()[0], box=(20, 12, 96, 84), epochs=2).probability
+    assert np.array_equal(segment(lesion()[0], box=box, epochs=2).probability, expected)
+
+
+@pytest.mark.parametrize("loosen", [1, 1.25, 1.5, 2, 9])
+def test_a_loose_box_is_as_good_as_none(loosen):
+    rgb, truth = lesion()
+    box = evaluator.loosened(Image.fromarray(truth).getbbox(), loosen, truth.shape)
+    assert iou(segment(rgb, box=box, size=96).mask, truth) > 0.9
+
+
+def test_a_box_is_loosened_about_its_centre_and_kept_inside_the_image():
+    assert evaluator.loosened((40, 30, 60, 50), 1.5, (100, 200)) == (35, 25, 65, 55)
+    assert evaluator.loosened((40, 30, 60, 50), 1, (100, 200)) == (40, 30, 60, 50)
+    assert evaluator.loosened((40, 30, 60, 50), 100, (100, 200)) == (0, 0, 200, 100)
+    x0, y0, x1, y1 = evaluator.loosened((40, 30, 41, 31), 0.1, (100, 200))
+    assert (x1 - x0, y1 - y0) == (1, 1)
+
+
+@contextlib.contextmanager
+def default(kind):
+    """torch with other defaults than its own, as a caller may have set them."""
+    if kind == "float64":
+        torch.set_default_dtype(torch.float64)
+    elif kind == "meta device":
+        torch.set_default_device("meta")
+    with contextlib.ExitStack() as stack:
+        contexts = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
+                    "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "device": lambda: torch.device("meta")}
+        if kind in contexts:
+            stack.enter_context(contexts[kind]())
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "inference_mode", "autocast", "float64", "device", "meta device"])
+def test_a_mask_does_not_depend_on_the_torch_of_the_caller(dino_files, kind):
+    rgb, weights, masks = lesion()[0], dino_files[0] / "backbone.pth", []
+    for context in (contextlib.nullcontext(), default(kind)):
+        u.load_backbone.cache_clear()
+        with context:
+            dino = u.segment(rgb, u.Config(size=64), backbone="dino", weights=weights, device="cpu")
+            masks.append((segment(rgb).probability, segment(rgb, collective=2, point=(58, 48)).probability, dino.probability))
+            assert torch.get_default_dtype() == (torch.float64 if kind == "float64" and len(masks) == 2 else torch.float32)
+    u.load_backbone.cache_clear()
+    for expected, found in zip(*masks):
+        assert np.array_equal(expected, found)
+
+
+def test_threads_of_a_caller_with_another_default_type_agree_and_leave_it_as_it_was():
+    expected = segment(lesion()[0]).probability
+    with default("float64"), ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: segment(lesion()[0]).probability, range(6)):
+            assert np.array_equal(found, expected)
+        assert torch.get_default_dtype() == torch.float64
 
 
 @pytest.mark.parametrize("ground", [120, 230])
@@ -876,12 +1027,17 @@ def test_the_readme_command_as_a_user_types_it_and_on_dinos_weights(tmp_path, ph
 
 def test_all_outputs_of_a_folder_with_failures_listed_and_skipped_on_the_second_run(folder, tmp_path, caplog, capsys):
     (folder / "notes.txt").write_text("not an image, and not tried")
+    for name in ("a.dcm", "b.dcm", "photo.heic", ".hidden"):
+        (folder / name).touch()
+    (folder / "more").mkdir()
     out, extras = tmp_path / "out", ["--probability", "--labels", "--overlay", "--explain", "--box", "20,12,96,84"]
     arguments = [str(folder), "-o", str(out), *QUICK, *extras, "--collective", "3"]
     assert u.main([*arguments, "--quiet"]) == 1
     names = {f"{s}{kind}.png" for s in "0123" for kind in ("", "_probability", "_labels", "_overlay", "_explain")}
     assert {p.name for p in out.iterdir()} == names and capsys.readouterr().out == ""
-    assert "2b.png" in caplog.messages[0] and caplog.messages[-1].startswith("1 failed")
+    left_out = "5 entries are left out, as they are no images that are read here: 2 .dcm, 1 .heic, 1 .txt, 1 folders"
+    assert caplog.messages[0] == f"{folder}: {left_out}"
+    assert "2b.png" in caplog.messages[1] and caplog.messages[-1].startswith("1 failed")
     for name in "0123":
         assert iou(np.array(Image.open(out / f"{name}.png")) > 0, lesion()[1]) > 0.9
     assert Image.open(out / "0_overlay.png").size == Image.open(out / "0_labels.png").size == (128, 96)
@@ -959,9 +1115,13 @@ def test_outputs_do_not_depend_on_the_number_of_workers_or_of_torchruns_processe
 FRAMES = [Image.new("L", (9, 9), grey) for grey in (0, 99)]
 BAD_IMAGES = {  # how it is made, and what is said of it
     "missing": (lambda path: None, "no such file"),
-    "empty": (lambda path: path.touch(), "cannot be read"),
-    "truncated": (lambda path: (Image.fromarray(lesion()[0]).save(path), os.truncate(path, 3000)), "cannot be read"),
-    "not an image": (lambda path: path.write_text("hello"), "cannot be read"),
+    "empty": (lambda path: path.touch(), "not one that Pillow reads"),
+    "truncated": (lambda path: (Image.fromarray(lesion()[0]).save(path), os.truncate(path, 3000)), "damaged or incomplete"),
+    "not an image": (lambda path: path.write_text("hello"), "not one that Pillow reads"),
+    "DICOM": (lambda path: path.write_bytes(bytes(128) + b"DICM"), "not one that Pillow reads"),
+    "HEIC": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "not one that Pillow reads"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "no such file"),
+    "a loop": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
     "animated": (lambda path: FRAMES[0].save(path, "GIF", save_all=True, append_images=FRAMES[1:]), "2 frames"),
     "1 x 1": (lambda path: Image.new("RGB", (1, 1)).save(path), "1 x 1 pixels"),
     "1 x 5000": (lambda path: Image.new("RGB", (1, 5000)).save(path), "1 x 5000 pixels"),
@@ -993,7 +1153,9 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
 
 @pytest.mark.parametrize(
     "arguments, says",
-    [("{photo} -o {dir}/mask.jpg", "ends in .png"),
+    [("{photo} -o {dir}/mask.jpg", "ends in .png"), ("{photo} -o {dir}/mask.npy", "ends in .png"),
+     ("{photo} -o {dir}/mask.png --point 9,9 --point 12,12", "--point is given 2 times"),
+     ("{photo} -o {dir}/mask.png --box 1,1,9,9 --box 1,1,9,9", "--box is given 2 times"),
      ("{photo} -o {dir}/nowhere/mask.png", "no such folder"),
      ("{photo} -o {photo}", "it is an input"),
      ("{photo} {dir}/photo.jpg -o {dir}/out", "but it is written for"),
@@ -1027,6 +1189,47 @@ def test_a_file_name_that_the_terminal_has_no_letters_for_is_told_all_the_same(t
     assert u.main([str(photo.rename(tmp_path / "\u03b1.png")), "-o", str(tmp_path / "mask.png"), *QUICK]) == 0
     sys.stdout.flush()
     assert b"\\u03b1.png -> " in sys.stdout.buffer.getvalue()
+
+
+def test_two_writers_of_one_output_do_not_share_a_part_and_stale_parts_are_removed(tmp_path, photo):
+    with u.whole(tmp_path / "mask.png") as one, u.whole(tmp_path / "mask.png") as two:
+        one.write_text("one")
+        two.write_text("two")
+        assert one != two
+    assert (tmp_path / "mask.png").read_text() == "one"  # the last to end; either is whole
+    out = tmp_path / "out"
+    out.mkdir()
+    parts = [out / f".mask.png.{n * 32}.part" for n in "ab"]
+    for part in [*parts, out / ".mine.part"]:
+        part.touch()
+    for old in (parts[0], out / ".mine.part"):
+        os.utime(old, (1, 1))
+    assert u.main([str(photo), "-o", str(out), *QUICK]) == 0
+    assert {p.name for p in out.iterdir()} == {"photo.png", parts[1].name, ".mine.part"}  # another run may be writing
+
+
+def test_all_images_are_done_though_nobody_reads_what_is_said(folder, tmp_path):
+    (folder / "2b.png").unlink()
+    command = [sys.executable, str(HERE / "unsegmedgat.py"), str(folder), "-o", str(tmp_path / "out"), *QUICK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `| head -0`
+    assert process.stderr.read() == b"" and process.wait(timeout=100) == 0
+    process.stderr.close()
+    assert len(contents(tmp_path / "out")) == 4
+
+
+def test_a_jfif_file_is_an_image_too(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(lesion()[0]).save(tmp_path / "in" / "a.jfif", "JPEG")
+    assert u.main([str(tmp_path / "in"), "-o", str(tmp_path / "out"), *QUICK]) == 0
+    assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_a_torch_without_distributed_runs_as_one_process(photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(u.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(u.distributed, "is_initialized")
+    assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), *QUICK]) == 0
+    assert re.search(r"modularity 0\.\d{3}, backbone builtin", capsys.readouterr().out)
 
 
 def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, photo, monkeypatch, caplog):
@@ -1170,14 +1373,76 @@ def score(dataset, tmp_path):
 @pytest.mark.parametrize(
     "name, white, mode",
     [("m.png", 255, "L"), ("m.png", 1, "L"), ("m.jpg", 255, "L"), ("m.png", 255, "1"), ("m.png", 255, "P"),
-     ("m.png", 255, "RGBA")],
+     ("m.png", 255, "RGBA"), ("m.png", 40000, "I;16"), ("m.tif", 1, "F")],
 )  # fmt: skip
 def test_masks_of_every_kind_are_read_the_same(tmp_path, name, white, mode):
     truth, path = lesion()[1], tmp_path / name
-    Image.fromarray(truth.astype(np.uint8) * white).convert(mode).save(path)
+    if mode in ("I;16", "F"):
+        Image.fromarray(truth.astype({"I;16": np.uint16, "F": np.float32}[mode]) * white).save(path)
+    else:
+        Image.fromarray(truth.astype(np.uint8) * white).convert(mode).save(path)
     assert np.array_equal(evaluator.load_mask(path, truth.shape), truth)
     with pytest.raises(u.ImageError, match="128 x 96"):
         evaluator.load_mask(path, (128, 96))
+
+
+def levels(*radii_and_values, rest=0):
+    """Discs of these radii and values, the smallest last, on the rest: (96,128) float."""
+    values = np.full((96, 128), float(rest))
+    for radius, value in radii_and_values:
+        values[disc(48, 64, radius, 96, 128)] = value
+    return values
+
+
+Y, X = np.mgrid[:96, :128]
+GOOD_MASKS = {  # values that are a mask of a disc of 30 px
+    "other values": levels((30, 200), rest=100),
+    "labels 1 and 2": levels((30, 2), rest=1),
+    "a soft rim": np.rint(255 / (1 + np.exp(2 * np.hypot(Y - 48, X - 64) - 60))),
+    "red": levels((30, 255))[..., None] * [1, 0, 0],
+}
+BAD_MASKS = {  # and what is said of those that are none
+    "object 1, void rim 255": (levels((34, 255), (30, 1)), "3 values .0, 1, 255."),
+    "labels 0, 1, 2": (levels((30, 1), (15, 2)), "3 values .0, 1, 2., not two: make it binary"),
+    "labels 0, 128, 255": (levels((30, 128), (15, 255)), "3 values"),
+    "two colours": (levels((30, 255))[..., None] * [1, 0, 0] + levels((15, 1))[..., None] * [-255, 255, 0], "3 values"),
+    "a soft prediction": (np.rint(255 / (1 + np.exp((np.hypot(Y - 48, X - 64) - 30) / 8))), "values"),
+    "a photograph": (lesion()[0], "not two: make it binary"),
+    "not a number": (np.where(levels((9, 1)) > 0, np.nan, levels((30, 1))), "not finite"),
+    "infinite": (np.where(levels((9, 1)) > 0, np.inf, levels((30, 1))), "not finite"),
+}
+
+
+def save_values(values, path):
+    values = np.asarray(values)
+    kind = np.uint8 if np.isfinite(values).all() else np.float32
+    Image.fromarray(values.astype(kind)).save(path)
+
+
+@pytest.mark.parametrize("values", GOOD_MASKS.values(), ids=GOOD_MASKS)
+def test_the_brighter_of_two_values_is_the_object_and_a_soft_rim_is_cut_at_half(tmp_path, values):
+    save_values(values, tmp_path / "m.png")
+    found = evaluator.load_mask(tmp_path / "m.png", (96, 128))
+    assert (found != disc(48, 64, 30, 96, 128)).sum() < 9
+
+
+@pytest.mark.parametrize("values, says", BAD_MASKS.values(), ids=BAD_MASKS)
+def test_a_mask_of_more_than_two_values_is_refused_with_its_values(tmp_path, values, says):
+    path = tmp_path / "m.tif"
+    save_values(values, path)
+    with pytest.raises(u.ImageError, match=f"m.tif: .*{says}"):
+        evaluator.load_mask(path, (96, 128))
+
+
+def test_a_palette_of_classes_and_a_photograph_as_jpeg_are_no_masks(tmp_path):
+    image = Image.fromarray(levels((30, 1), (15, 2)).astype(np.uint8))
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    image.save(tmp_path / "m.png")
+    with pytest.raises(u.ImageError, match="3 values .0,0,0, 255,0,0, 0,255,0."):
+        evaluator.load_mask(tmp_path / "m.png", (96, 128))
+    Image.fromarray(lesion()[0]).save(tmp_path / "m.jpg")
+    with pytest.raises(u.ImageError, match="were images and masks swapped"):
+        evaluator.load_mask(tmp_path / "m.jpg", (96, 128))
 
 
 def test_images_named_like_masks_pair_too_and_masks_turn_with_their_images(tmp_path):
@@ -1346,7 +1611,7 @@ def test_the_point_is_in_the_object_and_moves_by_no_more_than_the_jitter():
     "flags, says",
     [("--methods sam", "there is no sam"), ("--jitter 3", "--protocol point or box"), ("--plant nan", "at least 0"),
      ("--plant 1 --backbone dino", "stands in for the backbone"), ("--resume", "--csv"), ("--tolerance 2", "tolerance"),
-     ("--limit 0", "--limit"), ("--tau 2", "tau"), ("--group-by (x)", "that fits s0_1"),
+     ("--limit 0", "--limit"), ("--loosen 2", "--protocol box"), ("--loosen 0 --protocol box", "above 0"), ("--tau 2", "tau"), ("--group-by (x)", "that fits s0_1"),
      ("--group-by s", "--group-by s: no"), ("--group-by (", "a group"), ("--predictions sam", "NAME=FOLDER"),
      ("--predictions dsm=x", "a row here"), ("--json .", "is a folder"),
      ("--csv a --json a", "two outputs"), ("--predictions a=x --predictions a=y", "each name another")],

@@ -25,12 +25,15 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from scipy import ndimage
 from scipy.special import logit
 from torch import distributed, nn
@@ -147,6 +150,33 @@ def reason(error):
     return str(error).split("\n")[0] or type(error).__name__
 
 
+# How pixels are turned for each value of EXIF's orientation tag
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}  # fmt: skip
+
+
+def turn_upright(image):
+    """A PIL image turned by its EXIF orientation; as it is where it has none, or one that cannot be read.
+
+    `ImageOps.exif_transpose` also writes the other EXIF tags anew, and fails where one of them is broken.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # of many kinds: bytes that are no EXIF
+        return image
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def why_unreadable(error):
+    """What to tell of an exception that Pillow raised on opening or decoding a file."""
+    if isinstance(error, UnidentifiedImageError):
+        return ("it is damaged, or its format is not one that Pillow reads here (DICOM, NIfTI and HEIC are not): "
+                "convert it to PNG")  # fmt: skip
+    if isinstance(error, OSError) and error.strerror:  # the operating system's
+        return error.strerror
+    return f"it cannot be decoded ({reason(error)}): is it damaged or incomplete?"
+
+
 def load_image(source):
     """Read any still image as RGB: uint8 (H,W,3), turned upright by its EXIF orientation.
 
@@ -163,7 +193,7 @@ def load_image(source):
             raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
             raise ImageError(f"it holds {image.n_frames} frames: save the one you want as a still image")
-        image = ImageOps.exif_transpose(image)
+        image = turn_upright(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
             grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-12))
@@ -179,8 +209,7 @@ def load_image(source):
     except FileNotFoundError:
         raise ImageError("there is no such file") from None
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
-        why = reason(error).replace(f" {str(source)!r}", "")
-        raise ImageError(f"it cannot be read as an image ({why}): is it damaged or incomplete?") from None
+        raise ImageError(why_unreadable(error)) from None
     if min(rgb.shape[:2]) < PATCH:
         raise ImageError(f"{rgb.shape[1]} x {rgb.shape[0]} pixels are too few: each side needs at least {PATCH}")
     return rgb
@@ -261,8 +290,8 @@ class VisionTransformer(nn.Module):
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
-        position = F.interpolate(position, size=x.shape[2:], mode="bicubic", align_corners=False)
-        x = (x + position).flatten(2).transpose(1, 2)  # (B,N,C)
+        position = F.interpolate(position.cpu(), size=x.shape[2:], mode="bicubic", align_corners=False)  # MPS has none
+        x = (x + position.to(x.device)).flatten(2).transpose(1, 2)  # (B,N,C)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B,1+N,C)
         for block in self.blocks[:-1]:
@@ -495,6 +524,8 @@ def replayed(function, device):
 COMMUNITIES = 1e-4  # modularity below which there are none: the built-in colours then differ by 5 grey levels or less
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(features, adjacency, config=Config(), shared=None):
     """Optimise the network for one image alone.
 
@@ -528,6 +559,8 @@ def fit(features, adjacency, config=Config(), shared=None):
     return assignment, losses, modularity
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_collective(images, config=Config(), device="cpu", quiet=True):
     """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
 
@@ -545,6 +578,36 @@ def fit_collective(images, config=Config(), device="cpu", quiet=True):
             step(network, optimizer, standardise(features, adjacency), adjacency, config)
             bar.update(1)
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+
+
+# The caller's torch -------------------------------------------------------------------------------------------
+
+DTYPE_LOCK, dtype_users, dtype_before = threading.Lock(), 0, None
+
+
+@contextlib.contextmanager
+def usual_torch():
+    """torch as this file needs it, whatever its caller has set: gradients, float32, no autocast, tensors on the CPU.
+
+    The default type is the process's, so threads that run at once share its change: the last one sets it back.
+    """
+    global dtype_users, dtype_before
+    with DTYPE_LOCK:
+        if not dtype_users:
+            dtype_before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+        dtype_users += 1
+    try:
+        with contextlib.ExitStack() as stack:
+            for setting in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"),
+                            torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)):  # fmt: skip
+                stack.enter_context(setting)
+            yield
+    finally:
+        with DTYPE_LOCK:
+            dtype_users -= 1
+            if not dtype_users:
+                torch.set_default_dtype(dtype_before)
 
 
 # Ours, not the paper's: what is looked at ------------------------------------------------------------------------
@@ -675,46 +738,44 @@ DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
 PATIENCE = 10  # s without an answer before a download is given up
 
 
-def fetch_dino(progress=True):
-    """The path of DINO's backbone file: from torch.hub's cache, else downloaded once and then its SHA-256 checked.
+def cached_dino():
+    """Where torch.hub keeps DINO's backbone file; it need not exist."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
+
+
+def download_dino(progress=True):
+    """Download DINO's backbone file to torch.hub's cache, and check its SHA-256.
 
     Raises OSError when the download fails, has another digest, or the host is silent for 10 s.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
-    if path.is_file():
-        return path
+    path = cached_dino()
     path.parent.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)  # torch.hub sets none
     try:
         torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another digest
-        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({error})") from None
+    except Exception as error:  # of many kinds: no connection, a proxy's nonsense, another digest
+        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({reason(error)})") from None
     finally:
         socket.setdefaulttimeout(before)
-    return path
 
 
-def load_dino(weights=None, branch="teacher", progress=True):
-    """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
-
-    weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None fetches the backbone.
-    branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
-    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
-    fetched.
-    """
-    if branch not in ("teacher", "student"):
-        raise ValueError(f"branch must be teacher or student, got {branch!r}")
-    path, model = Path(weights) if weights else fetch_dino(progress), VisionTransformer()
+def read_dino(path, branch):
+    """ViT-S/8 with the weights of a file, see `load_dino`. Raises ValueError, which names the file and the remedy."""
+    model = VisionTransformer()
     try:
         if zipfile.is_zipfile(path):  # what torch.save writes: it has a CRC of each tensor, which torch does not check
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    raise ValueError(f"damaged at {damaged}")
+                    raise ValueError(f"{damaged} is damaged")
         # The full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds; torch's advice in them, to load without care, is not passed on
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged, or no checkpoint of tensors"
+        raise ValueError(f"{path}: cannot be loaded safely: {why}; fetch the file anew") from None
+    try:
         if branch in state:  # the full checkpoint, whose branches also have a head
             names = [name for name in state[branch] if "backbone." in name]
             state = {name.rpartition("backbone.")[2]: state[branch][name] for name in names}
@@ -724,10 +785,39 @@ def load_dino(weights=None, branch="teacher", progress=True):
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite numbers; fetch the file anew")
-    except Exception as error:  # of many kinds: no file, not a checkpoint, code in it, another network
+    except Exception as error:  # of many kinds: no dictionary, another network
         why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: cannot be loaded safely as DINO's ViT-S/8: {why}") from None
+        raise ValueError(f"{path}: is not DINO's ViT-S/8: {why}") from None
     return model.eval().requires_grad_(False)
+
+
+@usual_torch()
+def load_dino(weights=None, branch="teacher", progress=True):
+    """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
+
+    weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None: the backbone from
+    torch.hub's cache, downloaded where it is not there or cannot be read.
+    branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
+    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
+    fetched.
+    """
+    if branch not in ("teacher", "student"):
+        raise ValueError(f"branch must be teacher or student, got {branch!r}")
+    if weights:
+        return read_dino(Path(weights), branch)
+    path, damaged = cached_dino(), ""
+    if path.is_file():
+        try:
+            return read_dino(path, branch)
+        except ValueError as error:
+            if branch == "student":  # which this file does not hold
+                raise
+            damaged = f"; {error}"
+    try:
+        download_dino(progress)
+    except OSError as error:
+        raise OSError(f"{error}{damaged}") from None
+    return read_dino(path, branch)
 
 
 def load_backbone_file(path):
@@ -793,7 +883,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
 RADII = np.geomspace(0.07, 0.65, 16)  # of the discs that are tried, of the shorter side of the area that is searched
 POWER, CLICK_POWER = 0.6, 0.2  # of the radius in a disc's score: larger discs are preferred, less so where one clicked
 NEAR = 0.35  # radii, how far the point may be from the middle of its disc
-TIGHT, DISTINCT = 0.2, 1.5  # see `fills_box`
+TIGHT, DISTINCT = 0.2, 1.0  # see `fills_box`
 
 
 def principal(features, components):
@@ -925,14 +1015,23 @@ RING = 20  # px around the user's box that are looked at as known background, at
 
 def check_prompt(box, point, height, width):
     """A box and a point as tuples of numbers, or None. Raises ValueError where they are not inside the image, or both."""
-    box, point = (None if prompt is None else tuple(np.asarray(prompt).tolist()) for prompt in (box, point))
-    if box and point:
+    if box is not None and point is not None:
         raise ValueError("a box tells the place already: leave the point out")
-    x0, y0, x1, y1 = box or 2 * (point or (0, 0))
-    if not (0 <= x0 < width and 0 <= y0 < height and (not box or x0 < x1 <= width and y0 < y1 <= height)):
-        form = "box must be x0 < x1, y0 < y1" if box else "point must be"
-        raise ValueError(f"the {form} inside the image, {width} x {height}; got {','.join(map(str, box or point))}")
-    return box, point
+
+    def numbers(prompt, count, form):
+        with contextlib.suppress(TypeError, ValueError):  # what is no array: ragged lists
+            values = np.asarray(prompt)
+            if values.shape == (count,) and values.dtype.kind in "iuf":
+                x, y = values[0::2].tolist(), values[1::2].tolist()
+                if 0 <= x[0] < width and 0 <= y[0] < height and (
+                    count == 2 or x[0] < x[1] <= width and y[0] < y[1] <= height
+                ):
+                    return tuple(values.tolist())
+        given = " ".join(str(prompt).split())[:100]
+        raise ValueError(f"the {form} inside the image, {width} x {height}; got {given}")
+
+    return (None if box is None else numbers(box, 4, "box must be four numbers x0 < x1, y0 < y1"),
+            None if point is None else numbers(point, 2, "point must be two numbers"))  # fmt: skip
 
 
 def view_photograph(rgb, config, box=None):
@@ -980,6 +1079,7 @@ def extract_features(backbone, view, device):
     return F.normalize(features, dim=1)
 
 
+@usual_torch()
 def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
     """The View of the object in a photograph (H,W,3) uint8, its features f (N,C) normalised, its nodes' weights (N,).
 
@@ -1122,6 +1222,7 @@ class Segmentation:
     seconds: dict  # wall-clock time of each stage
 
 
+@usual_torch()
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
             device="auto", shared=None, progress=False):  # fmt: skip
     """Segment one photograph: the whole method.
@@ -1222,7 +1323,7 @@ def explain(result, config):
 
 # Command line --------------------------------------------------------------------------------------------------
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm"}
 
 
 def in_colours(labels):
@@ -1283,8 +1384,9 @@ def build_parser():
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
     hint = parser.add_mutually_exclusive_group().add_argument
-    hint("--point", type=whole_numbers, metavar="X,Y", help="px, near the middle of the object")
-    hint("--box", type=whole_numbers, metavar="X0,Y0,X1,Y1", help="px, around the object; outside it is background")
+    hint("--point", type=whole_numbers, action="append", metavar="X,Y", help="px, near the middle of the object")
+    hint("--box", type=whole_numbers, action="append", metavar="X0,Y0,X1,Y1",
+         help="px, around the object, tight or loose; outside it is background")  # fmt: skip
     for kind, (what, _) in KINDS.items():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
@@ -1311,6 +1413,15 @@ def is_image(path):
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
+def warn_of_others(folder):
+    """Say in one line how many entries of a folder are no images, and of what kind; nothing where there are none."""
+    others = [path for path in folder.iterdir() if not is_image(path) and not path.name.startswith(".")]
+    kinds = Counter("folders" if path.is_dir() else path.suffix.lower() or "no suffix" for path in others)
+    if others and rank_and_world()[0] == 0:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        log.warning("%s: %d entries are left out, as they are no images that are read here: %s", folder, len(others), kinds)
+
+
 def plan_outputs(options):
     """Pairs (image, {kind: output path}), checked before any work: one writer an output, and no output is an input."""
     images, output = [], options.output
@@ -1318,24 +1429,28 @@ def plan_outputs(options):
         inside = [p for p in sorted(path.iterdir()) if is_image(p)] if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: there is no image in this folder")
-        if path.is_dir() and path.resolve() == output.resolve():  # the masks would be the next run's images
+        if path.is_dir() and os.path.realpath(path) == os.path.realpath(output):  # the masks would be the next run's images
             raise ValueError(f"{path}: is an input; choose another folder for the masks")
+        if path.is_dir():
+            warn_of_others(path)
         images += inside
-    single = output.suffix.lower() == ".png"
-    if output.suffix.lower() in SUFFIXES and not (single and images == options.images[:1]):
-        raise ValueError(f"{output}: a mask's name ends in .png; several images, or a folder of them, need a folder")
+    single = output.suffix.lower() == ".png" and not output.is_dir()
+    if single and images != options.images[:1]:
+        raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
+    if not single and output.suffix and not output.is_dir():
+        raise ValueError(f"{output}: a mask's name ends in .png; for a folder of that name, make it first")
 
     kinds = [kind for kind, (what, _) in KINDS.items() if not what or getattr(options, kind)]
-    plan, taken = [], {image.resolve(): "an input" for image in images}
+    plan, taken = [], {os.path.realpath(image): "an input" for image in images}
     for image in images:
         mask = output if single else output / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
-            if path.is_dir() or path.resolve() in taken:
-                what = taken.get(path.resolve(), "a folder")
+            if path.is_dir() or os.path.realpath(path) in taken:
+                what = taken.get(os.path.realpath(path), "a folder")
                 raise ValueError(f"{path}: would be written for {image}, but it is {what}; "
                                  "choose another output, or rename an image")  # fmt: skip
-            taken[path.resolve()] = f"written for {image}"
+            taken[os.path.realpath(path)] = f"written for {image}"
         plan.append((image, outputs))
     folder = output if output.is_dir() else output.parent  # where something is to be written
     if not os.access(folder, os.W_OK):
@@ -1343,15 +1458,38 @@ def plan_outputs(options):
     return plan
 
 
+PART = re.compile(r"\..*\.[0-9a-f]{32}\.part")  # the name of what `whole` writes
+STALE = 3600  # s, the age at which a part was left behind by a killed run: writing one takes seconds
+
+
 @contextlib.contextmanager
 def whole(path):
-    """A path to write to, beside `path`; then what was written is renamed to it: it appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    """A path to write to, beside `path`; then what was written is renamed to it: it appears whole or not at all.
+
+    Each has a name of its own, as two runs may write into one folder.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_stale_parts(folder):
+    """Remove what killed runs left behind of `whole` in a folder."""
+    for path in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):  # another run may be faster
+            if PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
+
+
+def say(text):
+    """Print a line; where nobody reads any more (`| head`, a closed terminal, a full disk), go on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, to the end of the process
 
 
 def segment_to_files(image, outputs, config, how, verbose):
@@ -1364,19 +1502,25 @@ def segment_to_files(image, outputs, config, how, verbose):
                 KINDS[kind][1](result, config).save(part, format="PNG")
     except Exception as error:  # whatever becomes of one image, the others go on
         return None, reason(error)
-    said = f"foreground {result.mask.mean():.1%}, backbone {result.backbone}, {time.perf_counter() - start:.1f} s"
+    said = (f"foreground {result.mask.mean():.1%}, modularity {result.modularity:.3f}, backbone {result.backbone}, "
+            f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     return said + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
+
+
+def distributed_run():
+    """Whether this is one of the processes of a torch.distributed run; some builds of torch have none."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def rank_and_world():
     """The number of this process and how many there are in a torch.distributed run; (0, 1) without one."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed_run() else (0, 1)
 
 
 def gather(value):
     """The value of every rank of a torch.distributed run, in order; [value] without one."""
     values = [value] * rank_and_world()[1]
-    if distributed.is_initialized():
+    if distributed_run():
         distributed.all_gather_object(values, value)
     return values
 
@@ -1393,21 +1537,27 @@ def run(options):
     """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {options.workers}")
-    hints = {"box": options.box, "point": options.point}
+    hints = {}
     for name, count in ("box", 4), ("point", 2):
-        if hints[name] and len(hints[name]) != count:
+        given = getattr(options, name) or [None]
+        if len(given) > 1:
+            raise ValueError(f"--{name} is given {len(given)} times, but one object is segmented: give it once")
+        if given[0] and len(given[0]) != count:
             raise ValueError(f"--{name} needs {count} whole numbers with commas between")
+        hints[name] = given[0]
     config, plan, (rank, world) = config_from(options), plan_outputs(options), rank_and_world()
     share = [*enumerate(plan, 1)][rank::world]
     todo = [(number, (image, outputs)) for number, (image, outputs) in share
             if not (options.skip_existing and all(path.exists() for path in outputs.values()))]  # fmt: skip
     if len(todo) < len(share) and not options.quiet:
-        print(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
+        say(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
     if not any(gather(bool(todo))):  # all ranks together: one with nothing to do is waited for below
         return 0
     device = pick_device(options.device)
     backbone = backbone_from(options, device)
-    plan[0][1]["mask"].parent.mkdir(exist_ok=True)
+    folder = plan[0][1]["mask"].parent
+    folder.mkdir(exist_ok=True)
+    remove_stale_parts(folder)
     how = hints | {"device": device, "backbone": backbone}
     if config.collective:  # over all the images on every rank: all have the same parameters, also after --skip-existing
         scenes = []
@@ -1428,7 +1578,7 @@ def run(options):
                 failures.append(image)
                 log.error("%s: %s", image, why)
             elif not options.quiet:
-                print(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}", flush=True)
+                say(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}")
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt only what is begun is finished
     failures = sum(gather(failures), [])
@@ -1445,7 +1595,7 @@ def exit_code(program, advice):
     Under torchrun its processes are connected meanwhile, to share the images: see `rank_and_world`.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own limit
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # `load_image` has its own limit, and reads what it can
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that the terminal has no letters for
     try:
@@ -1462,7 +1612,7 @@ def exit_code(program, advice):
         log.error("interrupted; %s", advice)
         return 130
     finally:
-        if distributed.is_initialized():
+        if distributed_run():
             distributed.destroy_process_group()
 
 
