@@ -913,16 +913,19 @@ def remove_trend(features, weight, h, w):
     return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
 
 
-def contrast_maps(deep, colour, background, h, w):
-    """What is searched for the object: one or two maps (12 or less,h,w), each centred and with mean square 1.
+def contrast_maps(deep, colour, share, background, h, w):
+    """What is searched for the object: one or two maps (12 or less,h,w), centred, their mean squares as in the graph.
 
-    deep: the backbone's features (N,C), less their trend, or None; colour: (N,4), or None. background: weights (N,).
+    deep: the backbone's features (N,C), here less their trend, of mean square 1 - share; or None. colour: (N,4), of mean
+    square share; or None. background: weights (N,) for the trend.
     """
-    maps = [] if deep is None else [remove_trend(deep, background, h, w)]
-    maps += [] if colour is None else [colour]
-    maps = [principal(values, 12) / (values - values.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
-            for values in maps]  # the first components keep the distances, nearly  # fmt: skip
-    return [values.T.unflatten(1, (h, w)) for values in maps]
+    maps = [] if deep is None else [(remove_trend(deep, background, h, w), 1 - share)]
+    maps += [] if colour is None else [(colour, share)]
+
+    def scaled(values, square):  # on the first components, which keep the distances, nearly
+        return principal(values, 12) * (square / values.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
+
+    return [scaled(values, square if len(maps) > 1 else 1).T.unflatten(1, (h, w)) for values, square in maps]
 
 
 def disc_contrasts(maps, valid, border, radii):
@@ -1099,7 +1102,7 @@ def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
     y, x = position_in(area, h, w)
     background = ((0.05 + y**2 + x**2).clamp(max=1) * view.valid + 1e-3).flatten()
     colour = None if deep is not None and config.colour == 0 else colour_features(cells(lab), background)
-    maps = contrast_maps(None if deep is None else cells(deep).cpu(), colour, background, h, w)
+    maps = contrast_maps(None if deep is None else cells(deep).cpu(), colour, config.colour, background, h, w)
     if box and fills_box(maps, view.valid, area):
         y0, x0, y1, x1 = view.area
         ellipse, prompt = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), "box"
