@@ -1,18 +1,19 @@
-"""How well does it work on your images? The methods of the paper's Table I but MedSAM, beside baselines for nothing.
+"""Evaluate UnSegMedGAT on your images and masks, beside the methods of the paper's Table I and trivial baselines.
 
-    python eval.py images/ masks/                               # the headline: no ground truth reaches a method
+    python eval.py images/ masks/                               # blind: no ground truth reaches a method
     python eval.py images/ masks/ --protocol point              # a point in the object is given; or box
-    python eval.py images/ masks/ --plant 1                     # how good would a backbone that knows the object be?
+    python eval.py images/ masks/ --oracle-features 1           # with features made from the ground truth
     python eval.py images/ masks/ --protocol official --preset official --reference isic2018      # as Table I was made
-    python eval.py images/ masks/ --csv scores.csv --resume     # goes on where an interrupted run stopped
-    torchrun --nproc-per-node=8 eval.py images/ masks/          # on many cores, GPUs or machines
-    python eval.py bench                                        # how fast it is on your machine; needs no images
+    python eval.py images/ masks/ --csv scores.csv --resume     # continue an interrupted run
+    torchrun --nproc-per-node=8 eval.py images/ masks/          # on several cores, GPUs or machines
+    python eval.py bench                                        # time every stage; needs no images
 
-All clusterings get the same features and the same graph, and the same steps turn their clusters into masks, so a
-difference between two rows is the clustering alone; the row unsegmedgat is what the program makes.
-Ground truth exists in this file only.
-Shapes: B images, N = h * w patches, C features, K clusters; masks are (H,W) bool. Boxes are (x0, y0, x1, y1) px, ends
-excluded.
+All clusterings get the same features and the same graph, and the same steps make masks of their clusters, so the rows
+of a table differ in the clustering alone. The row unsegmedgat is what the program makes.
+Ground truth is used in this file only.
+
+Shapes: B images, N = h * w patches, C features, K clusters; masks are (height,width) bool; boxes are (x0, y0, x1, y1)
+px, ends excluded.
 """
 
 import argparse
@@ -56,14 +57,14 @@ log = logging.getLogger("eval")
 
 
 def unsegmedgat(features, adjacency, config, shared=None):
-    """The paper's method, each image alone; from the parameters `shared` of `fit_collective`, UnSegMedGATc."""
-    return u.fit(features, adjacency, config, shared)[0]
+    """The paper's method; with `shared` parameters from `fit_collective` it is UnSegMedGATc."""
+    return u.fit(features, adjacency, config, shared).assignment
 
 
 def kmeans(features, adjacency, config):
-    """Lloyd's algorithm on the features, the best of ten starts from k-means++ seeds; the graph is not used.
+    """k-means on the features, the best of ten runs from k-means++ seeds (Arthur and Vassilvitskii 2007).
 
-    Arthur and Vassilvitskii 2007. 10 steps are SciPy's default; 30 are past convergence here.
+    The graph is not used. SciPy's default is 10 iterations; 30 are past convergence here.
     """
     x, seeds = features.cpu().numpy().astype(np.float64), [(config.seed + n) % 2**32 for n in range(10)]
     runs = [scipy.cluster.vq.kmeans2(x, config.clusters, iter=30, minit="++", seed=seed) for seed in seeds]
@@ -72,33 +73,33 @@ def kmeans(features, adjacency, config):
 
 
 def one_hot(labels, features, config):
-    """Labels (N,) as an assignment (N,K) of the features' type and device."""
+    """Labels (N,) as an assignment (N,K) with the dtype and device of the features."""
     return F.one_hot(torch.as_tensor(labels).long(), config.clusters).to(features)
 
 
 def normalise(adjacency):
-    """D^-1/2 A D^-1/2 (N,N), D the degrees; a node without edges keeps a row of zeros.
+    """D^-1/2 A D^-1/2 (N,N), where D are the degrees (Kipf and Welling 2017); a node without edges keeps a row of zeros.
 
-    The symmetric normalisation of Kipf and Welling 2017. Their A + I is here A itself: eq. (1) has the self-loops.
+    Their A + I is A here, as eq. (1) has self-loops.
     """
     scale = adjacency.sum(1).clamp(min=1e-12).rsqrt()
     return scale[:, None] * adjacency * scale
 
 
 def dsm(features, adjacency, config):
-    """Deep spectral methods (Melas-Kyriazi et al. 2022): the Fiedler vector of the normalised Laplacian, split at 0.
+    """Deep spectral methods (Melas-Kyriazi et al. 2022): the sign of the normalised Laplacian's Fiedler vector.
 
-    For K > 2, k-means on the first K eigenvectors. The Laplacian is I - D^-1/2 A D^-1/2, so its lowest eigenvectors
-    are the top ones of `normalise(A)`. The colour affinities that their paper may add to the graph are left out.
+    For K > 2 it is k-means on the first K eigenvectors. The Laplacian is I - D^-1/2 A D^-1/2, so its lowest
+    eigenvectors are the top ones of `normalise(A)`.
     """
-    # All of them: of a graph in pieces the largest eigenvalue is there many times, and solvers for a few then fail
+    # All eigenvectors: where a graph has many components its largest eigenvalue is multiple, and solvers for a few fail
     _, vectors = torch.linalg.eigh(normalise(adjacency.double()))  # ascending
     vectors = vectors[:, -config.clusters :].to(features)  # (N,K)
     return one_hot(vectors[:, 0] > 0, features, config) if config.clusters == 2 else kmeans(vectors, adjacency, config)
 
 
-class Convolution(nn.Module):
-    """A X W, Kipf and Welling 2017; with `skip`, A X W + X V, as in Bianchi et al. 2020, section 4.1."""
+class GCNLayer(nn.Module):
+    """A X W (Kipf and Welling 2017); with `skip`, A X W + X V (Bianchi et al. 2020, section 4.1)."""
 
     def __init__(self, in_features, out_features, activation, skip=False):
         super().__init__()
@@ -111,10 +112,10 @@ class Convolution(nn.Module):
         return self.activation(message if self.V is None else message + self.V(x))
 
 
-class Arma(nn.Module):
-    """ARMA graph convolution, Bianchi et al. 2021, eqs. (6) and (7): parallel stacks of recursive filters, averaged.
+class ARMALayer(nn.Module):
+    """ARMA graph convolution (Bianchi et al. 2021, eqs. (6) and (7)): the mean of parallel stacks of recursive filters.
 
-    Each iterates X' = sigma(A X W + X0 V), A normalised, T times; after the first, the iterations share W.
+    Each stack iterates X' = sigma(A X W + X0 V), with A normalised; all iterations but the first share W.
     """
 
     def __init__(self, in_features, out_features, activation, stacks=2, iterations=2):
@@ -135,32 +136,34 @@ class Arma(nn.Module):
         return state.mean(0)
 
 
-def optimise(features, adjacency, config, convolution, loss):
-    """Minimise a loss over one graph convolution and a perceptron, for all epochs: the assignment (N,K).
+def optimise(features, adjacency, config, layer_class, loss):
+    """The assignment (N,K) of one graph convolution and a perceptron that minimise a loss, over all epochs.
 
-    convolution: a class, called with the widths in and out and the activation. loss: of the assignment, A (N,N), A
-    normalised and config. The widths, the one hidden layer of the perceptron and five times the learning rate are ours
-    (at the rate itself unseggnet loses 7 points of mIoU on ISIC); --settled is of the graph attention network alone.
+    layer_class: called with the input and output widths and the activation. loss: a function of the assignment, A (N,N),
+    the normalised A, and config. Ours are the width, the perceptron's single hidden layer and five times the learning
+    rate (at the rate itself unseggnet loses 7 points of mIoU on ISIC).
     """
-    width, activation = config.projection, u.ACTIVATIONS[config.activation]()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        layer = convolution(features.shape[1], width, activation)
+    width, activation = config.fc_dim, u.ACTIVATIONS[config.activation]()
+
+    def build():
         perceptron = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, config.clusters))
-    network = nn.ModuleList([layer, perceptron]).to(features.device)
+        return nn.ModuleList([layer_class(features.shape[1], width, activation), perceptron])
+
+    (layer, perceptron), optimizer = u.seeded_model(build, config, features.device, 5 * config.lr)
     propagation = normalise(adjacency)
-    x = u.standardise(features, propagation)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5 * config.lr, weight_decay=config.weight_decay)
-    for _ in range(config.epochs):
-        optimizer.zero_grad(set_to_none=True)
-        loss(perceptron(layer(x, propagation)).softmax(1), adjacency, propagation, config).backward()
-        optimizer.step()
-    with torch.no_grad():
+    x = u.centre_and_scale(features, propagation)
+
+    def assign():
         return perceptron(layer(x, propagation)).softmax(1)
+
+    for _ in range(config.epochs):
+        u.train_step(optimizer, lambda: loss(assign(), adjacency, propagation, config))
+    with torch.no_grad():
+        return assign()
 
 
 def mincut_loss(assignment, _, propagation, config):
-    """Cut and orthogonality loss, eq. (9) of Bianchi et al. 2020; a scalar. S (N,K), A normalised (N,N)."""
+    """Cut and orthogonality loss, eq. (9) of Bianchi et al. 2020, a scalar. S (N,K), normalised A (N,N)."""
     within = (assignment * (propagation @ assignment)).sum()  # Tr(S^T A S)
     volume = (propagation.sum(1) @ assignment.square()).sum()  # Tr(S^T D S)
     overlap, k = assignment.T @ assignment, config.clusters  # (K,K)
@@ -170,57 +173,59 @@ def mincut_loss(assignment, _, propagation, config):
 
 def modularity_loss(assignment, adjacency, _, config):
     """The paper's eq. (8)."""
-    return u.modularity_loss(assignment, adjacency, config.resolution, config.balance)
+    return u.modularity_loss(assignment, adjacency, config.resolution, config.collapse_weight)
 
 
-skipping = functools.partial(Convolution, skip=True)
-METHODS = {  # one more line adds a method
+GCNSkipLayer = functools.partial(GCNLayer, skip=True)
+METHODS = {
     "unsegmedgat": unsegmedgat,
-    "unsegmedgatc": unsegmedgat,  # `score_all` gives it the shared parameters
+    "unsegmedgatc": unsegmedgat,  # `score_all` passes the shared parameters
     "vit-kmeans": kmeans,
     "dsm": dsm,
-    "mincutpool": functools.partial(optimise, convolution=skipping, loss=mincut_loss),  # Bianchi et al. 2020
-    "unseggnet": functools.partial(optimise, convolution=Convolution, loss=modularity_loss),  # Reddy et al. 2024
-    "unsegarmanet": functools.partial(optimise, convolution=Arma, loss=modularity_loss),  # Reddy et al. 2024
+    "mincutpool": functools.partial(optimise, layer_class=GCNSkipLayer, loss=mincut_loss),  # Bianchi et al. 2020
+    "unseggnet": functools.partial(optimise, layer_class=GCNLayer, loss=modularity_loss),  # Reddy et al. 2024
+    "unsegarmanet": functools.partial(optimise, layer_class=ARMALayer, loss=modularity_loss),  # Reddy et al. 2024
 }
 
 
-# Beside the methods: rows that cost nothing, and the features of a backbone that knows the object --------------
+# Rows beside the methods ---------------------------------------------------------------------------------------
 
-LOCATED = "located place"  # the disc itself in a clustering's place, all steps after it the same
+LOCATED = "located ellipse"  # the ellipse itself in place of a clustering, with the same steps after it
 
 
 def ellipse(shape, box):
-    """The ellipse inscribed in a box, over an image of shape (H,W): the pixels whose centre lies inside it."""
+    """The ellipse inscribed in a box: (height,width) bool, True for the pixels whose centre lies inside."""
     x0, y0, x1, y1 = box
     y, x = np.ogrid[: shape[0], : shape[1]]
     return ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 <= 1
 
 
-def free_rows(protocol, shape, hint):
-    """{row: mask (H,W)} of guesses that look at no pixel. hint: the point or box in the pixels of `shape`, or None.
+def trivial_baselines(protocol, shape, prompt):
+    """{row: mask (height,width)} of guesses that look at no pixel.
 
-    The sizes are a share of the image's, one figure for all data.
+    prompt: the point or box in pixels of `shape`, or None. The sizes are fractions of the image, the same for all data.
     """
     (h, w), everything = shape, np.ones(shape, bool)
-    name, box = "inscribed ellipse", hint
+    name, box = "inscribed ellipse", prompt
     if protocol == "blind":
         name, box = "centred ellipse", (0.25 * w, 0.25 * h, 0.75 * w, 0.75 * h)
     elif protocol == "point":
-        x, y, r = hint[0] + 0.5, hint[1] + 0.5, 0.15 * min(shape)
+        x, y, r = prompt[0] + 0.5, prompt[1] + 0.5, 0.15 * min(shape)
         name, box = "disc at the point", (x - r, y - r, x + r, y + r)
-    elif protocol == "box":  # nobody who was given a box would mark what lies outside it
+    elif protocol == "box":  # whoever is given a box marks nothing outside it
         y, x = np.ogrid[:h, :w]
         everything = (y >= box[1]) & (y < box[3]) & (x >= box[0]) & (x < box[2])
     return {"everything foreground": everything, name: ellipse(shape, box)}
 
 
-def plant(truth, noise, seed):
-    """A Backbone whose features come from the truth (H,W) bool, so that pipeline and backbone can be judged apart.
+def oracle_backbone(truth, noise, seed):
+    """A Backbone whose features are made from the truth (height,width) bool: an ideal backbone, with noise.
 
-    For a patch that the object covers to the share c in [0,1], in region l of the photograph's own colours and places,
-    f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384), with o = 0.35 e0 + 0.94 e1; e0, e1 and r_1..r_4 are
-    random unit directions in 384 dimensions, the same for all images, and g is standard normal. seed: of g, a list.
+    It separates the quality of the program from that of a backbone. For a patch that the object covers to the share c
+    in [0,1], in region l of the photograph's own colours and positions,
+        f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384),    o = 0.35 e0 + 0.94 e1,
+    where e0, e1 and r_1..r_4 are random unit vectors of 384 dimensions, the same for all images, and g is standard
+    normal. seed: a list of integers, the seed of g.
     """
     directions = np.random.default_rng(0).standard_normal((6, 384))
     e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
@@ -232,37 +237,36 @@ def plant(truth, noise, seed):
         c = F.avg_pool2d(covered, u.PATCH, view.stride)[0, 0]  # (h,w)
         lab = F.avg_pool2d(u.rgb_to_lab(view.image), u.PATCH, view.stride)
         row, column = torch.meshgrid(*(torch.linspace(0, 20, side) for side in c.shape), indexing="ij")
-        looks = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
-        _, label = scipy.cluster.vq.kmeans2(looks, len(regions), iter=20, minit="++", seed=0)
+        appearance = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
+        _, label = scipy.cluster.vq.kmeans2(appearance, len(regions), iter=20, minit="++", seed=0)
         background = 0.75 * e0 + 0.66 * torch.stack(regions)[label]  # (N,384)
         g = torch.from_numpy(np.random.default_rng([*seed, *view.box]).standard_normal(background.shape)).float()
         c = c.reshape(-1, 1)
         return c * (0.35 * e0 + 0.94 * e1) + (1 - c) * background + noise / math.sqrt(384) * g
 
-    return u.Backbone(f"planted, noise {noise:g}", extract)
+    return u.Backbone(f"oracle features, noise {noise:g}", extract)
 
 
 # Metrics -------------------------------------------------------------------------------------------------------
 
 METRICS = ("iou", "dice", "precision", "recall", "hd95", "nsd")
-WORST = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # of an image that failed, or where one mask is empty
+FAILED_SCORES = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # also where exactly one of the masks is empty
 
 
 def metrics(mask, truth, tolerance="2%"):
-    """Scores of a mask (H,W) against the truth (H,W), a dictionary of floats.
+    """The scores of a mask against the truth, (height,width) bool each: a dictionary of floats.
 
-    iou, dice, precision, recall: of the foreground, in [0,1]. Averaged over images, iou is the paper's mIoU (no
-    average with the background's IoU, no pooling of the images' pixels) and dice its Dice.
-    hd95: 95th percentile of the distances from each border pixel of either mask to the other's border, both ways
-    pooled, in % of the diagonal of (H,W), as images differ in size.
-    Border pixels have a 4-neighbour outside the mask or the image.
-    nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels within the tolerance of the other
-    border, in [0,1]. tolerance: "2%" of the diagonal, or "5px".
-    Where one of the masks is empty: 0, and 100 for hd95. Where both are: a perfect score.
+    iou, dice, precision, recall: of the foreground, in [0,1]. The mean of iou over images is the paper's mIoU; the
+        background's IoU is not averaged in, and pixels are not pooled over images.
+    hd95: 95th percentile of the distances from the border pixels of either mask to the border of the other, in % of the
+        image's diagonal. A border pixel has a 4-neighbour outside the mask or the image.
+    nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels that are within the tolerance of
+        the other border, in [0,1]. tolerance: "2%" of the diagonal, or "5px".
+    Where one of the masks is empty the scores are 0, and 100 for hd95; where both are, they are perfect.
     """
     true_positive = int((mask & truth).sum())
     if not (mask.any() and truth.any()):
-        return dict(WORST) if mask.any() or truth.any() else dict.fromkeys(METRICS, 1.0) | {"hd95": 0.0}
+        return dict(FAILED_SCORES) if mask.any() or truth.any() else dict.fromkeys(METRICS, 1.0) | {"hd95": 0.0}
     diagonal = math.hypot(*truth.shape)
     a, b = (np.argwhere(area & ~ndimage.binary_erosion(area)) for area in (mask, truth))
     distances = np.concatenate([KDTree(b).query(a)[0], KDTree(a).query(b)[0]])
@@ -277,7 +281,7 @@ def metrics(mask, truth, tolerance="2%"):
 
 
 def pixels(tolerance, diagonal):
-    """A tolerance such as "2%" or "5px" in px. Raises ValueError for other texts."""
+    """A tolerance, "2%" of the diagonal or "5px", in px. Raises ValueError for other texts."""
     match = re.fullmatch(r"(\d+\.?\d*)(%|px)", tolerance)
     if not match:
         raise ValueError(f"the tolerance must look like 2% (of the image's diagonal) or 5px, got {tolerance!r}")
@@ -285,10 +289,10 @@ def pixels(tolerance, diagonal):
 
 
 def interval(values, groups=None, seed=0, resamples=2000):
-    """The 95 % bootstrap interval of the mean of values (n,): (low, high), percentile method, seeded.
+    """The 95 % bootstrap interval of the mean of values (n,): (low, high) by the percentile method.
 
-    None for a single value or group, which says nothing of the spread.
-    groups (n,), optional: labels; whole groups are then resampled, as the frames of one sequence are not independent.
+    groups: (n,) labels, optional; whole groups are then resampled, as the frames of one sequence are not independent.
+    None for a single value or group.
     """
     groups = range(len(values)) if groups is None else groups
     _, index = np.unique(groups, return_inverse=True)
@@ -306,7 +310,7 @@ MASK_SUFFIX = re.compile(r"_(segmentation|lesion|mask)$", re.IGNORECASE)
 
 
 def files_below(folder):
-    """The image files in a folder and the folders below it, in order. Raises ValueError where there is none."""
+    """The image files in a folder and its subfolders, sorted. Raises ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
     found = [p for p in sorted(folder.rglob("*")) if u.is_image(p)]
@@ -316,21 +320,24 @@ def files_below(folder):
 
 
 def by_stem(paths, stems=None):
-    """{stem: path}; masks lose _mask and the like, but what is in `stems`. Raises ValueError for two of one stem."""
+    """{stem: path}. With `stems`, those of the images, a mask's stem that is not one of them loses its ending _mask.
+
+    Raises ValueError for two files of one stem.
+    """
     table = {}
     for path in paths:
         stem = path.stem if stems is None or path.stem in stems else MASK_SUFFIX.sub("", path.stem)
         if stem in table:
-            raise ValueError(f"{path}: pairs go by name, and {table[stem]} has the same; move one of them away")
+            raise ValueError(f"{path}: images and masks are paired by name, but {table[stem]} has the same; move one away")
         table[stem] = path
     return table
 
 
 def pair_files(images, masks):
-    """Pair two folders by stem: ({stem: (image, mask)}, the files without a partner).
+    """Pair the images and masks of two folders by stem: ({stem: (image, mask)}, [file without a partner]).
 
-    Folders inside are searched too, extensions may differ, and a mask may end in _segmentation, _lesion or _mask. Both
-    folders may be the same: what ends like a mask is one. Raises ValueError for two files of one name, or no pair.
+    Subfolders are searched too, extensions may differ, and a mask's stem may end in _segmentation, _lesion or _mask. The
+    folders may be the same. Raises ValueError for two files of one name, or where there is no pair.
     """
     image_paths, mask_paths = files_below(images), files_below(masks)
     both = {*image_paths} & {*mask_paths}
@@ -339,24 +346,22 @@ def pair_files(images, masks):
     mask_of = by_stem([path for path in mask_paths if path not in both - marked], image_of)
     pairs = {stem: (path, mask_of[stem]) for stem, path in image_of.items() if stem in mask_of}
     if not pairs:
-        names = "as a.jpg and a.png or a_mask.png have"
-        raise ValueError(f"{images}, {masks}: no image and mask have the same name, {names}")
+        raise ValueError(f"{images}, {masks}: no image and mask have the same name, as a.jpg and a_mask.png have")
     return pairs, [path for table in (image_of, mask_of) for stem, path in table.items() if stem not in pairs]
 
 
 def load_mask(path, shape):
-    """Read a mask of two values: (H,W) bool, the brighter of them.
+    """Read a mask of two values: (height,width) bool, True for the brighter one.
 
-    So 0/1, 0/255, 16 bit and palettes all do, and colours; transparency counts as black, EXIF turns it as it does the
-    image. Values in between do where they are a soft rim. A JPEG's are cut at half of 255, as it rings around both.
-    Raises unsegmedgat.ImageError where it cannot be read, has other values, or its size is not `shape` (H,W).
+    The values may be 0/1, 0/255, 16 bit, colours or a palette; transparency counts as black; EXIF turns the mask as it
+    does the image. Values in between are allowed as a soft rim. A JPEG or WebP file is cut at half of 255.
+    Raises unsegmedgat.ImageError where it cannot be read, has other values, or differs in size from `shape`.
     """
     try:
         with Image.open(path) as image:
             lossy, image = image.format in ("JPEG", "MPO", "WEBP"), u.turn_upright(image)
-            if image.mode in ("P", "PA", "LA", "RGBA", "CMYK") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+            image = u.flatten_transparency(image, "black")
+            image = image.convert("RGB") if image.mode in ("P", "CMYK") else image
             values = np.atleast_3d(np.asarray(image).astype(float))  # (H,W,1) or (H,W,3)
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         raise u.ImageError(f"{path}: the mask cannot be read: {u.why_unreadable(error)}") from None
@@ -370,18 +375,18 @@ def load_mask(path, shape):
         if ((values > 32) & (values < 224)).any(2).mean() > 0.2:
             raise u.ImageError(f"{path}: this is no mask of two values but a picture: were images and masks swapped?")
         return values.max(2) > 127.5
-    return two_sided(values, path)
+    return brighter_of_two(values, path)
 
 
 RIM = 3  # px, how far the soft rim of a mask may reach: anti-aliasing, or resizing by a small factor
 FEW = 16  # values that a mask of several classes may have; a soft rim with noise has more
 
 
-def two_sided(values, path):
-    """The brighter side (H,W) bool of values (H,W,1) or (H,W,3): two of them, perhaps with a soft rim between.
+def brighter_of_two(values, path):
+    """The pixels (height,width) bool of the brighter of two values, from values (height,width,1) or (height,width,3).
 
-    Where there are many values, those within a tenth of either side are noise, as a JPEG leaves it.
-    Raises unsegmedgat.ImageError for other values: classes, a void rim around the object, a soft prediction.
+    A soft rim between both is allowed, and where there are many values, noise of up to a tenth around both, as JPEG
+    leaves it. Raises unsegmedgat.ImageError for anything else: classes, a void rim around the object, soft predictions.
     """
     if (values == values[..., :1]).all():  # grey
         values = values[..., :1]
@@ -405,23 +410,23 @@ def two_sided(values, path):
 
 
 def inner_point(mask):
-    """The pixel (x, y) nearest the centroid of a mask that is not empty."""
+    """The pixel (x, y) of a mask that is nearest to its centroid. The mask is not empty."""
     inside = np.argwhere(mask)
     y, x = inside[np.square(inside - inside.mean(0)).sum(1).argmin()]
     return int(x), int(y)
 
 
-def jittered(hint, jitter, shape, seed):
-    """A point, or each side of a box, moved by up to `jitter` px; kept inside an image (H,W), a box not empty."""
-    moved = np.array(hint) + np.random.default_rng(seed).integers(-jitter, jitter + 1, size=len(hint))
+def jittered(prompt, jitter, shape, seed):
+    """A point, or each side of a box, moved by up to `jitter` px at random; kept inside the image, a box not empty."""
+    moved = np.array(prompt) + np.random.default_rng(seed).integers(-jitter, jitter + 1, size=len(prompt))
     moved[:2] = moved[:2].clip(0, [shape[1] - 1, shape[0] - 1])
-    if len(hint) == 4:
+    if len(prompt) == 4:
         moved[2:] = moved[2:].clip(moved[:2] + 1, shape[::-1])
     return tuple(moved.tolist())
 
 
 def loosened(box, factor, shape):
-    """A box scaled about its centre, in whole px, kept inside an image (H,W) and not empty."""
+    """A box scaled about its centre, rounded to px, kept inside the image and not empty."""
     x0, y0, x1, y1 = box
     half = (x1 - x0) / 2 * (factor - 1), (y1 - y0) / 2 * (factor - 1)
     low = [max(0, round(start - more)) for start, more in zip((x0, y0), half)]
@@ -433,147 +438,146 @@ def loosened(box, factor, shape):
 
 PROTOCOLS = {
     "blind": "the whole image; no ground truth reaches a method",
-    "point": "USES GROUND TRUTH: its pixel nearest its centroid is given, as a user would click",
+    "point": "USES GROUND TRUTH: its pixel nearest to its centroid is given, as a user would click",
     "box": "USES GROUND TRUTH: its bounding box is given, as a user would draw it",
-    "official": f"USES GROUND TRUTH: cropped to its bounding box + {u.RING} px, "
+    "official": f"USES GROUND TRUTH: cropped to its bounding box + {u.BOX_MARGIN} px, "
     "and the better of mask and inverse is kept",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What one evaluation is made of."""
+class EvalRun:
+    """What all images of an evaluation have in common."""
 
-    options: argparse.Namespace  # the command line
+    args: argparse.Namespace  # the command line
     config: u.Config
     backbone: u.Backbone
     device: torch.device
     methods: dict  # {row: function}
-    predictions: dict  # {row: {stem: mask file}}, made elsewhere
+    predictions: dict  # {row: {stem: mask file}}, made by other programs
 
 
-class Scene:
-    """One image under the protocol of a run: what of it is scored, what is given away, and the masks of the rows.
+class EvalImage:
+    """One image under the protocol of an EvalRun: the part that is scored, the prompt, and the masks of the rows.
 
-    Raises an exception where the image, or what the protocol needs of its truth, cannot be had.
+    Raises an exception where the image, or what the protocol needs of its ground truth, cannot be read.
     """
 
     def __init__(self, stem, paths, run):
         self.stem, self.paths, self.run = stem, paths, run
-        self.rgb, self.scored, self.hint, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
-        protocol, noise = run.options.protocol, run.options.plant
+        self.rgb, self.scored, self.prompt, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
+        protocol, noise = run.args.protocol, run.args.oracle_features
         seed = [run.config.seed, zlib.crc32(os.fsencode(stem))]
-        # Here something of the ground truth goes into a prediction, and the table says so; in the official protocol
-        # it also chooses between a mask and its inverse.
+        # Here the protocol passes something of the ground truth to a method; the table's heading says so. In the
+        # official protocol the ground truth also chooses between a mask and its inverse.
         if protocol != "blind":
             if not self.truth.any():
-                raise u.ImageError("the ground truth is empty, so it has no place: "
+                raise u.ImageError("the ground truth is empty, so no prompt can be taken from it: "
                                    "use --protocol blind, or leave the image out")  # fmt: skip
             box = x0, y0, x1, y1 = Image.fromarray(self.truth).getbbox()
             if protocol == "official":
-                top, left = max(0, y0 - u.RING), max(0, x0 - u.RING)
-                self.scored = np.s_[top : y1 + u.RING, left : x1 + u.RING]
-                self.hint = x0 - left, y0 - top, x1 - left, y1 - top
+                top, left = max(0, y0 - u.BOX_MARGIN), max(0, x0 - u.BOX_MARGIN)
+                self.scored = np.s_[top : y1 + u.BOX_MARGIN, left : x1 + u.BOX_MARGIN]
+                self.prompt = x0 - left, y0 - top, x1 - left, y1 - top
             else:
-                hint = box if protocol == "box" else inner_point(self.truth)
-                if protocol == "box":
-                    hint = loosened(hint, run.options.loosen, self.truth.shape)
-                self.hint = jittered(hint, run.options.jitter, self.truth.shape, seed)
+                size = self.truth.shape
+                prompt = loosened(box, run.args.loosen, size) if protocol == "box" else inner_point(self.truth)
+                self.prompt = jittered(prompt, run.args.jitter, size, seed)
         if noise is not None:
-            self.backbone = plant(self.squashed(self.truth[self.scored], Image.NEAREST), noise, seed)
-        self.seen = self.rgb[self.scored]
-        self.free = free_rows(protocol, self.seen.shape[:2], self.hint)
+            self.backbone = oracle_backbone(self.squash(self.truth[self.scored], Image.NEAREST), noise, seed)
+        self.crop = self.rgb[self.scored]
+        self.trivial = trivial_baselines(protocol, self.crop.shape[:2], self.prompt)
 
     @functools.cached_property
     def truth(self):
-        """(H,W) bool, read when it is asked for: blind and without --plant by nothing that makes a mask."""
+        """(height,width) bool. It is read on first use: in the blind protocol after the masks have been made."""
         return load_mask(self.paths[1], self.rgb.shape[:2])
 
-    def squashed(self, array, method):
-        """An image or mask as a square if the run says so, as the authors' code does before anything else."""
+    def squash(self, array, method):
+        """An image or mask resized to a square if the run asks for it, as in the authors' code."""
         size = (self.run.config.size,) * 2
-        return np.array(Image.fromarray(array).resize(size, method)) if self.run.options.squash else array
+        return np.array(Image.fromarray(array).resize(size, method)) if self.run.args.squash else array
 
     def nodes(self):
-        """The view, features and node weights of what is seen."""
-        given = {name: self.hint for name in ("point", "box") if name == self.run.options.protocol}
-        rgb = self.squashed(self.seen, Image.BILINEAR)
-        return u.extract_nodes(rgb, self.run.config, self.backbone, self.run.device, **given)
+        """The View, features and node weights of the part that is scored."""
+        prompts = {name: self.prompt for name in ("point", "box") if name == self.run.args.protocol}
+        rgb = self.squash(self.crop, Image.BILINEAR)
+        return u.extract_nodes(rgb, self.run.config, self.backbone, self.run.device, **prompts)
 
     @functools.cached_property
     def graph(self):
-        """The view, features and adjacency, the same for all rows."""
+        """The View, features, node weights and adjacency, the same for all rows."""
         view, features, weights = self.nodes()
-        return view, features, u.build_graph(features, self.run.config.tau, weights)
+        return view, features, weights, u.build_graph(features, self.run.config.tau, weights)
 
     def masks(self, row):
-        """What a row makes of the part that is scored: [mask (H,W)]; in the official protocol, and its inverse."""
+        """What a row predicts for the part that is scored: [mask]; in the official protocol [mask, inverse]."""
         config, predictions = self.run.config, self.run.predictions.get(row, {})
-        if row in self.free:
-            return [self.free[row]]
+        if row in self.trivial:
+            return [self.trivial[row]]
         if row in self.run.predictions:
             if self.stem not in predictions:
                 raise u.ImageError(f"there is no prediction named {self.stem}")
             mask = load_mask(predictions[self.stem], self.rgb.shape[:2])[self.scored]
         else:
-            view, features, adjacency = self.graph
+            view, features, weights, adjacency = self.graph
             if row == LOCATED:
                 assignment = one_hot(view.inside_ellipse().flatten(), features, config)
             else:
                 assignment = self.run.methods[row](features, adjacency, config)
-            size = (config.size,) * 2 if self.run.options.squash else self.seen.shape[:2]
-            mask = Image.fromarray(u.finish(view, assignment, adjacency, config, size)["mask"])
-            mask = np.asarray(mask.resize(self.seen.shape[1::-1], Image.NEAREST))
-        return [mask, ~mask] if self.run.options.protocol == "official" else [mask]
+            size = (config.size,) * 2 if self.run.args.squash else self.crop.shape[:2]
+            mask = Image.fromarray(u.make_mask(view, assignment, adjacency, weights, config, size)["mask"])
+            mask = np.asarray(mask.resize(self.crop.shape[1::-1], Image.NEAREST))
+        return [mask, ~mask] if self.run.args.protocol == "official" else [mask]
 
 
 def evaluate(stem, paths, rows, run):
-    """Score some rows on one image: {row: {metric: float, "seconds": float, "error": text, empty if all went well}}."""
-    made, scores = {}, {}
+    """Score rows on one image: {row: {metric: float, "seconds": float, "error": a text, empty for success}}."""
+    predicted, scores = {}, {}
     try:
-        scene = Scene(stem, paths, run)
+        image = EvalImage(stem, paths, run)
         for row in rows:
             try:
                 if row in run.methods:
-                    scene.graph  # what all rows share is not counted
+                    image.graph  # made before the clock starts, as all rows share it
                 start = time.perf_counter()
-                made[row] = scene.masks(row), time.perf_counter() - start
+                predicted[row] = image.masks(row), time.perf_counter() - start
             except Exception as error:
-                log.error("%s: %s: %s", paths[0], row, u.reason(error))
-                scores[row] = WORST | {"seconds": 0.0, "error": u.reason(error)}
-        truth = scene.truth[scene.scored]
+                log.error("%s: %s: %s", paths[0], row, u.one_line(error))
+                scores[row] = FAILED_SCORES | {"seconds": 0.0, "error": u.one_line(error)}
+        truth = image.truth[image.scored]
         if not truth.any():
-            log.warning("%s: the ground truth is empty; only an empty mask scores 1, any other 0", paths[1])
+            log.warning("%s: the ground truth is empty: an empty mask scores 1, any other 0", paths[1])
     except Exception as error:
-        log.error("%s: %s", paths[0], u.reason(error))
-        return dict.fromkeys(rows, WORST | {"seconds": 0.0, "error": u.reason(error)})
-    for row, (masks, seconds) in made.items():
-        best = max((metrics(mask, truth, run.options.tolerance) for mask in masks), key=lambda s: s["iou"])
+        log.error("%s: %s", paths[0], u.one_line(error))
+        return dict.fromkeys(rows, FAILED_SCORES | {"seconds": 0.0, "error": u.one_line(error)})
+    for row, (masks, seconds) in predicted.items():
+        best = max((metrics(mask, truth, run.args.tolerance) for mask in masks), key=lambda s: s["iou"])
         scores[row] = best | {"seconds": seconds, "error": ""}
     return scores
 
 
-# Scores on disk, and what is made of them ----------------------------------------------------------------------
+# Scores on disk, tables and contact sheets ---------------------------------------------------------------------
 
 COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 
 
 def begin_csv(path, fingerprints):
-    """{(stem, row): scores} of what a CSV file holds; it then holds only whole lines, and none of what failed.
+    """The scores that a CSV file holds, {(stem, row): scores}; incomplete lines and failures are removed from the file.
 
-    fingerprints: {row: the settings' digest}. Raises ValueError for another program's file, and where a row was made
+    fingerprints: {row: digest of the settings}. Raises ValueError for another program's file, and where a row was made
     with other settings.
     """
     header = ",".join(COLUMNS) + "\n"
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     if text[: len(header)] != header[: len(text)]:
         raise ValueError(f"{path}: its columns are not those of this program; write to another file")
-    text = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
+    text = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
     lines = [line for line in csv.DictReader(io.StringIO(text)) if line["error"] == ""]
     for row, settings in {(line["method"], line["settings"]) for line in lines}:
         if settings != fingerprints.get(row, settings):
-            raise ValueError(f"{path}: holds {row} with other settings, folders or (unsegmedgatc) images; name another")
-    with u.whole(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            raise ValueError(f"{path}: holds {row} with other settings, folders or (unsegmedgatc) images; name another file")
+    with u.atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -581,9 +585,9 @@ def begin_csv(path, fingerprints):
 
 
 def summarise(scores, stems, rows, labels, seed):
-    """What the table and the JSON file say of each row: {row: means, 95 % intervals, difference to the first row}.
+    """The contents of the table and the JSON file: {row: means, 95 % intervals, differences to the first row}.
 
-    scores: {(stem, row): scores}. labels: the group of each stem, or None; then also the mean of the groups' means.
+    scores: {(stem, row): scores}. labels: the group of each stem, or None; with groups also the mean of their means.
     """
     summary = {}
     for row in rows:
@@ -613,13 +617,13 @@ REFERENCES = {
 
 
 def as_table(lines):
-    """Lists of texts as a table in Markdown, the first one its head."""
+    """A table in Markdown from lists of texts; the first one is its head."""
     rule = ["---"] + ["--:"] * (len(lines[0]) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
 def markdown(summary, reference=None):
-    """The table. Scores in %: shares times 100, HD95 of the diagonal; 95 % intervals in brackets."""
+    """The table of a summary, in %, with 95 % intervals in brackets. reference: also these rows of the paper."""
 
     def cell(value, bounds=None, sign=""):
         brackets = f" [{bounds[0] * 100:{sign}.1f}, {bounds[1] * 100:{sign}.1f}]" if bounds else ""
@@ -643,180 +647,180 @@ def markdown(summary, reference=None):
 
 
 def contact_sheet(pairs, scores, row, run, columns=4):
-    """The best, median and worst images of a row, one line each: a PIL image. Yellow: true contour, blue: predicted."""
+    """The best, median and worst images of a row, one line each: a PIL image. Yellow: truth. Blue: prediction."""
     ranked = sorted((s for s in pairs if not scores[s, row]["error"]), key=lambda stem: -scores[stem, row]["iou"])
     columns, side = min(columns, math.ceil(len(ranked) / 3)), 300  # px, of a tile
     middle = (len(ranked) - columns) // 2
     chosen = ranked[:columns] + ranked[middle : middle + columns] + ranked[len(ranked) - columns :]
     tiles = []
     for number, stem in enumerate(chosen):
-        scene = Scene(stem, pairs[stem], run)
-        truth, drawn = scene.truth[scene.scored], scene.seen.copy()
-        mask = max(scene.masks(row), key=lambda mask: metrics(mask, truth)["iou"])
+        image = EvalImage(stem, pairs[stem], run)
+        truth, drawn = image.truth[image.scored], image.crop.copy()
+        mask = max(image.masks(row), key=lambda mask: metrics(mask, truth)["iou"])
         for area, colour in ((truth, (255, 220, 0)), (mask, (0, 200, 255))):
-            drawn[area ^ ndimage.binary_erosion(area, iterations=max(1, max(area.shape) // side))] = colour
+            u.draw_contour(drawn, area, colour, max(1, max(area.shape) // side))
         text = f"{('best', 'median', 'worst')[number // columns]}: {stem}, IoU {scores[stem, row]['iou'] * 100:.1f}"
-        tiles.append(u.tile(text, ImageOps.pad(Image.fromarray(drawn), (side, side), color="white"), (side, side)))
-    return u.side_by_side(tiles, columns)
+        picture = ImageOps.pad(Image.fromarray(drawn), (side, side), color="white")
+        tiles.append(u.captioned(text, picture, (side, side)))
+    return u.image_grid(tiles, columns)
 
 
 # Command line --------------------------------------------------------------------------------------------------
 
-# The authors' published code with its ISIC settings (for ColonDB, --tau 0.5; for K clusters, --balance 2 / K^(1/4)).
-# Not copied are its dropout, its extra edge term in the attention, its division of the graph by the maximum, and its
-# features that are not normalised.
+# The settings of the authors' published code for ISIC (for ColonDB --tau 0.5; for K clusters --collapse-weight
+# 2 / K^(1/4)). Its dropout, extra edge term in the attention, division of the graph by its maximum and features without
+# normalisation are not reproduced.
 OFFICIAL = u.PRESETS["paper"] | {"tau": 0.35, "stride": 4, "heads": 1, "widths": (32, 64, 128), "layers": 1, "lr": 1e-4,
-                                 "epochs": 55, "resolution": 0.5, "balance": 2 * 2**-0.25, "squash": True}  # fmt: skip
+                                 "epochs": 55, "resolution": 0.5, "collapse_weight": 2 * 2**-0.25, "squash": True}  # fmt: skip
 
 
 def build_parser():
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="eval.py",
-        description="Score UnSegMedGAT, the methods of its paper and free baselines on your images and masks.",
+        description="Score UnSegMedGAT, the methods of its paper and trivial baselines on your images and masks.",
         epilog="Protocols: " + "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + ". `eval.py bench` "
-        "times the stages on this machine. Exit code: 0 all done, 1 some image failed, 2 wrong use.",
+        "times every stage on this machine. Exit code: 0 all images done, 1 some image failed, 2 wrong use.",
     )  # fmt: skip
     add = parser.add_argument
     add("images", type=Path, help="a folder of images")
-    add("masks", type=Path, help="a folder of masks with the same names; _mask and the like may follow")
+    add("masks", type=Path, help="a folder of masks with the same names, which may end in _mask and the like")
     add("--protocol", choices=PROTOCOLS, default="blind", help="default blind; see below")
     add("--methods", type=lambda text: text.split(","), default=list(METHODS), metavar="A,B",
         help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
     add("--predictions", type=lambda text: text.partition("=")[::2], action="append", default=[], metavar="NAME=FOLDER",
-        help="also score these masks (no probabilities), made elsewhere; may be given several times")  # fmt: skip
+        help="also score these masks, made by another program; may be repeated")  # fmt: skip
     add("--preset", choices=["official", *u.PRESETS],
-        help="the authors' code's settings, or the paper's; other flags still count")  # fmt: skip
+        help="settings of the authors' code, or of the paper; other flags override them")  # fmt: skip
     add("--squash", action=argparse.BooleanOptionalAction, default=False,
-        help="resize to a square first, as the authors' code does; part of --preset official")  # fmt: skip
-    add("--loosen", type=float, default=1.0, metavar="FACTOR", help="scale the given box about its centre, as people "
-        "draw boxes with room to spare; cut at the image's sides; default 1")  # fmt: skip
+        help="first resize to a square, as the authors' code does; part of --preset official")  # fmt: skip
+    add("--loosen", type=float, default=1.0, metavar="FACTOR", help="scale the given box about its centre, as users draw "
+        "boxes with room to spare; it is cut at the sides of the image; default 1")  # fmt: skip
     add("--jitter", type=int, default=0, metavar="PX",
         help="move the given point, or each side of the given box, by up to PX, seeded")  # fmt: skip
-    add("--plant", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with noise, in the "
-        "backbone's place; says what a backbone that knows the object would give")  # fmt: skip
+    add("--oracle-features", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with noise, "
+        "in place of a backbone's; the result with an ideal backbone")  # fmt: skip
     add("--tolerance", default="2%", help="of the surface Dice: 2%% of the diagonal (default), or 5px")
-    add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the list")
-    add("--group-by", metavar="REGEX",
-        help="its first group in an image's name is the image's group, as ^(s\\d+)_ for sequences: adds means of the "
-        "groups' means, and the intervals resample groups")  # fmt: skip
+    add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the sorted list")
+    add("--group-by", metavar="REGEX", help="the regular expression's first group, found in an image's name, is the "
+        "image's group, as ^(s\\d+)_ for video sequences: adds the mean of the groups' means, and intervals resample "
+        "groups")  # fmt: skip
     add("--reference", choices=REFERENCES, help="add the paper's published rows")
-    add("--csv", type=Path, help="scores of each image and method, written as they come")
-    add("--resume", action="store_true", help="keep what the --csv file holds and do the rest")
-    add("--json", type=Path, help="the table with all intervals, settings and versions")
-    add("--sheet", type=Path, help="a .png: the first row's best, median and worst images, the true contour in yellow "
-        "and the predicted one in blue")  # fmt: skip
+    add("--csv", type=Path, help="write the scores of each image and method as they come")
+    add("--resume", action="store_true", help="keep the scores in the --csv file and compute the others")
+    add("--json", type=Path, help="write the table with all intervals, settings and versions")
+    add("--sheet", type=Path, help="write a .png with the first row's best, median and worst images, the outline of the "
+        "truth in yellow and of the prediction in blue")  # fmt: skip
     u.add_backbone_flags(parser)
     add("--quiet", action="store_true", help="no progress bars")
     u.add_config_flags(parser)
     return parser
 
 
-def check(options):
-    """Raise ValueError for wrong use that can be told before any work."""
-    unknown = [name for name in options.methods if name not in METHODS]
-    names = [name for name, folder in options.predictions if folder]
-    free = free_rows(options.protocol, (1, 1), (0, 0, 1, 1))
-    for wrong, message in [
-        (unknown, f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}"),
-        (len({*names} - {"", LOCATED, *METHODS, *free}) < len(options.predictions),
-         "--predictions must be NAME=FOLDER, each name another and none that of a row here"),
-        (options.jitter < 0, "--jitter must be at least 0"),
-        (options.jitter and options.protocol not in ("point", "box"), "--jitter needs --protocol point or box"),
-        (not 0 < options.loosen < math.inf, "--loosen must be above 0"),
-        (options.loosen != 1 and options.protocol != "box", "--loosen needs --protocol box"),
-        (options.plant is not None and not 0 <= options.plant < math.inf, "--plant needs a noise of at least 0"),
-        (options.plant is not None and (options.weights or options.backbone == "dino"),
-         "--plant stands in for the backbone: leave --backbone dino and --weights out"),
-        (options.squash and options.protocol in ("point", "box"),
-         "--squash would distort what is given: add --no-squash"),
-        (options.limit is not None and options.limit < 1, "--limit must be at least 1"),
-        (options.resume and not options.csv, "--resume needs the --csv FILE to go on with"),
-        (options.csv and options.csv.exists() and not options.resume,
-         f"{options.csv}: exists; add --resume to go on with it, or name another file"),
-        (options.sheet and options.sheet.suffix.lower() != ".png",
-         f"{options.sheet}: the sheet's name must end in .png"),
-    ]:  # fmt: skip
-        if wrong:
+def check_args(args):
+    """Raise ValueError for wrong use that can be found before any work."""
+
+    def require(condition, message):
+        if not condition:
             raise ValueError(message)
-    outputs = [path.resolve() for path in (options.csv, options.json, options.sheet) if path]
-    inputs = [options.images, options.masks, *dict(options.predictions).values()]
+
+    unknown = [name for name in args.methods if name not in METHODS]
+    require(not unknown, f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    trivial = trivial_baselines(args.protocol, (1, 1), (0, 0, 1, 1))
+    names = {name for name, folder in args.predictions if folder} - {"", LOCATED, *METHODS, *trivial}
+    require(len(names) == len(args.predictions),
+            "--predictions must be NAME=FOLDER, each with another name that is not a row of the table")  # fmt: skip
+    require(args.jitter >= 0, "--jitter must be at least 0")
+    require(not args.jitter or args.protocol in ("point", "box"), "--jitter needs --protocol point or box")
+    require(0 < args.loosen < math.inf, "--loosen must be above 0")
+    require(args.loosen == 1 or args.protocol == "box", "--loosen needs --protocol box")
+    if args.oracle_features is not None:
+        require(0 <= args.oracle_features < math.inf, "--oracle-features needs a noise of at least 0")
+        require(not args.weights and args.backbone in ("auto", "builtin"),
+                "--oracle-features replaces the backbone: leave --backbone and --weights out")  # fmt: skip
+    require(not args.squash or args.protocol not in ("point", "box"), "--squash would distort the prompt: add --no-squash")
+    require(args.limit is None or args.limit >= 1, "--limit must be at least 1")
+    require(args.csv or not args.resume, "--resume needs the --csv FILE to continue")
+    require(args.resume or not (args.csv and args.csv.exists()),
+            f"{args.csv}: exists; add --resume to continue it, or name another file")  # fmt: skip
+    require(not args.sheet or args.sheet.suffix.lower() == ".png", f"{args.sheet}: the sheet's name must end in .png")
+    pixels(args.tolerance, 1)
+    outputs = [path.resolve() for path in (args.csv, args.json, args.sheet) if path]
+    inputs = {Path(folder).resolve() for folder in (args.images, args.masks, *dict(args.predictions).values())}
     for path in outputs:
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{path}: there is no such folder, or no permission to write there")
-        if path.is_dir() or outputs.count(path) > 1:
-            raise ValueError(f"{path}: is a folder, or named for two outputs; name another file")
-        if {Path(folder).resolve() for folder in inputs} & {*path.parents}:
-            raise ValueError(f"{path}: lies among the images or masks, which are left alone; name another file")
-    pixels(options.tolerance, 1)
+        require(os.access(path.parent, os.W_OK), f"{path}: there is no such folder, or no permission to write there")
+        require(not path.is_dir() and outputs.count(path) == 1,
+                f"{path}: is a folder, or named for two outputs; name another file")  # fmt: skip
+        require(not inputs & {*path.parents}, f"{path}: lies in an input folder; name another file")
 
 
-def settings_of(run):
-    """The flags that the scores depend on, for the fingerprints and the JSON file."""
-    options = run.options
-    settings = {name: getattr(options, name) for name in ("protocol", "squash", "jitter", "loosen", "plant", "tolerance")}
-    weights = options.weights and str(options.weights.resolve())
-    backbone = {"name": run.backbone.name, "branch": options.branch, "weights": weights}
+def score_settings(run):
+    """The settings that the scores depend on, for fingerprints and the JSON file: a dictionary."""
+    names = ("protocol", "squash", "jitter", "loosen", "oracle_features", "tolerance")
+    weights = run.args.weights and str(run.args.weights.resolve())
+    backbone = {"name": run.backbone.name, "branch": run.args.branch, "weights": weights}
     if run.backbone.name.endswith(".py"):
         backbone["file"] = hashlib.sha256(Path(run.backbone.name).read_bytes()).hexdigest()
+    settings = {name: getattr(run.args, name) for name in names}
     return settings | {"backbone": backbone, "config": dataclasses.asdict(run.config)}
+
+
+def row_fingerprint(row, pairs, run):
+    """A digest of all that the scores of a row depend on."""
+    folders = (run.args.images, run.args.masks, dict(run.args.predictions).get(row, ""))
+    data = [score_settings(run), [str(Path(folder).resolve()) for folder in folders]]
+    if row == "unsegmedgatc":  # it learns from all images
+        data.append(sorted(pairs))
+    else:
+        data[0]["config"]["shared_epochs"] = 0
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
-    options, (rank, world), fingerprints = run.options, u.rank_and_world(), {}
-    for row in rows:  # a digest of all that its scores depend on
-        folders = (options.images, options.masks, dict(options.predictions).get(row, ""))
-        facts = [settings_of(run), [str(Path(folder).resolve()) for folder in folders]]
-        if row == "unsegmedgatc":  # which learns from all the images
-            facts.append(sorted(pairs))
-        else:
-            facts[0]["config"]["collective"] = 0
-        fingerprints[row] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    # The first rank reads for all, so that none writes before.
-    scores = u.gather(begin_csv(options.csv, fingerprints) if options.csv and rank == 0 else {})[0]
+    args, (rank, world) = run.args, u.rank_and_world()
+    fingerprints = {row: row_fingerprint(row, pairs, run) for row in rows}
+    # The first rank reads for all ranks, before any of them writes
+    scores = u.gather(begin_csv(args.csv, fingerprints) if args.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
-    drawn = [rows[0]] if options.sheet else []
-    if any("unsegmedgatc" in missing for missing in [drawn, *todo.values()]):
-        scenes = []  # of all the images and from the start, so that --resume changes nothing
-        for stem, paths in pairs.items():
-            with contextlib.suppress(Exception):  # of which the image's own turn will tell
-                scenes.append([x.cpu() for x in Scene(stem, paths, run).nodes()[1:]])
-        shared = u.fit_collective(scenes, run.config, run.device, options.quiet or rank > 0)
+    drawn = [rows[0]] if args.sheet else []
+    if any("unsegmedgatc" in missing for missing in [drawn, *todo.values()]):  # over all images, also with --resume
+        extract = [lambda stem=stem, paths=paths: EvalImage(stem, paths, run).nodes() for stem, paths in pairs.items()]
+        shared = u.shared_parameters(extract, run.config, run.device, args.quiet or rank > 0)
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
-    share, ours = list(todo)[rank::world], {}
-    bar = torch.hub.tqdm(total=len(share), desc=options.protocol, disable=options.quiet or rank > 0)
-    with bar, open(options.csv or os.devnull, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    share, rank_scores = list(todo)[rank::world], {}
+    bar = torch.hub.tqdm(total=len(share), desc=args.protocol, disable=args.quiet or rank > 0)
+    with bar, open(args.csv or os.devnull, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         for stem in share:
             for row, score in evaluate(stem, pairs[stem], todo[stem], run).items():
-                ours[stem, row] = score
+                rank_scores[stem, row] = score
                 writer.writerow({"settings": fingerprints[row], "image": stem, "method": row} | score)
-            file.flush()  # an image's lines in one piece, so that those of several ranks do not mix
+            file.flush()  # the lines of an image in one piece, so that those of several ranks do not mix
             bar.update(1)
-    for part in u.gather(ours):
+    for part in u.gather(rank_scores):
         scores |= part
     return scores
 
 
-def report(run, summary, count, groups):
-    """Print what was asked and the table. count: of the images; groups: how many there are, 0 for none."""
-    options, config = run.options, run.config
-    what = PROTOCOLS[options.protocol]
-    if options.plant is not None:
-        what = what.removesuffix("; no ground truth reaches a method")
-        what += "; USES GROUND TRUTH: the features are made from it"
-    print(f"**{options.protocol}** protocol: {what}. n = {count} images" + (f" in {groups} groups." if groups else "."))
+def print_report(run, summary, count, groups):
+    """Print the settings and the table. count: of the images; groups: how many there are, 0 without groups."""
+    args, config = run.args, run.config
+    what = PROTOCOLS[args.protocol]
+    if args.oracle_features is not None:
+        what = what.removesuffix("; no ground truth reaches a method") + "; USES GROUND TRUTH: the features are made from it"
+    print(f"**{args.protocol}** protocol: {what}. n = {count} images" + (f" in {groups} groups." if groups else "."))
     changed = {name: value for name, value in vars(config).items() if value != getattr(u.Config(), name)}
-    extra = {"squash": False, "jitter": 0, "loosen": 1.0}
-    changed |= {name: getattr(options, name) for name, usual in extra.items() if getattr(options, name) != usual}
+    changed |= {name: getattr(args, name) for name, default in (("squash", False), ("jitter", 0), ("loosen", 1.0))
+                if getattr(args, name) != default}  # fmt: skip
     texts = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in changed.items()]
     print(f"Backbone: {run.backbone.name}. Seed {config.seed}. "
-          f"Settings: {', '.join([options.preset or 'default', *texts])}.\n")  # fmt: skip
-    print(markdown(summary, options.reference))
-    print(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {options.tolerance}"
-          f"{' of the diagonal' if options.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
+          f"Settings: {', '.join([args.preset or 'default', *texts])}.\n")  # fmt: skip
+    print(markdown(summary, args.reference))
+    print(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {args.tolerance}"
+          f"{' of the diagonal' if args.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
           "A failed image counts as 0 (HD95: 100).")  # fmt: skip
-    if options.reference:
+    if args.reference:
         print("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
 
 
@@ -833,56 +837,56 @@ def labels_of(stems, pattern):
     return labels
 
 
-def run_evaluation(options):
-    """Score what the options ask for and print the table; returns the exit code. Raises errors for wrong use."""
-    check(options)
-    config, device = u.config_from(options), u.pick_device(options.device)
-    if "unsegmedgatc" in options.methods and not config.collective:
-        config = dataclasses.replace(config, collective=min(5, config.epochs - 1))  # the paper's T0 for ISIC
-    u.gather(None)  # no rank writes before every rank has looked what exists
-    pairs, alone = pair_files(options.images, options.masks)
-    for path in alone:
+def run_evaluation(args):
+    """Evaluate as the arguments ask and print the table; returns the exit code. Raises ValueError for wrong use."""
+    check_args(args)
+    config, device = u.config_from_args(args), u.pick_device(args.device)
+    if "unsegmedgatc" in args.methods and not config.shared_epochs:
+        config = dataclasses.replace(config, shared_epochs=min(5, config.epochs - 1))  # the paper's T0 for ISIC
+    u.gather(None)  # no rank writes before every rank has checked what exists
+    pairs, unpaired = pair_files(args.images, args.masks)
+    for path in unpaired:
         log.warning("%s: has no partner and is left out", path)
-    predictions = {name: by_stem(files_below(Path(folder)), pairs) for name, folder in options.predictions}
-    if options.limit:
+    predictions = {name: by_stem(files_below(Path(folder)), pairs) for name, folder in args.predictions}
+    if args.limit:
         stems = list(pairs)
-        spread = np.linspace(0, len(stems) - 1, min(options.limit, len(stems))).round().astype(int)
+        spread = np.linspace(0, len(stems) - 1, min(args.limit, len(stems))).round().astype(int)
         pairs = {stems[i]: pairs[stems[i]] for i in spread}
-    labels = labels_of(pairs, options.group_by) if options.group_by else None
-    if options.plant is None:
-        backbone = u.backbone_from(options, device)
-    else:  # of each image its own: see Scene
-        backbone = u.Backbone(f"planted from the GROUND TRUTH, noise {options.plant:g}", None)
+    labels = labels_of(pairs, args.group_by) if args.group_by else None
+    if args.oracle_features is None:
+        backbone = u.backbone_from_args(args, device)
+    else:  # another one for each image: see EvalImage
+        backbone = u.Backbone(f"oracle features from the GROUND TRUTH, noise {args.oracle_features:g}", None)
     if backbone.name != "dino":
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", backbone.name)
-    run = Run(options, config, backbone, device, {name: METHODS[name] for name in options.methods}, predictions)
-    rows = [*run.methods, *predictions, LOCATED, *free_rows(options.protocol, (1, 1), (0, 0, 1, 1))]
+    run = EvalRun(args, config, backbone, device, {name: METHODS[name] for name in args.methods}, predictions)
+    rows = [*run.methods, *predictions, LOCATED, *trivial_baselines(args.protocol, (1, 1), (0, 0, 1, 1))]
     scores = score_all(pairs, rows, run)
-    if u.rank_and_world()[0] > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
+    if u.rank_and_world()[0] > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
         return 0
 
     summary = summarise(scores, list(pairs), rows, labels, config.seed)
-    report(run, summary, len(pairs), len(set(labels or ())))
-    if options.json:
+    print_report(run, summary, len(pairs), len(set(labels or ())))
+    if args.json:
         packages = ("torch", "torchvision", "numpy", "scipy", "pillow")
         versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-        facts = {"images": len(pairs), "preset": options.preset, "limit": options.limit, "settings": settings_of(run)}
-        with u.whole(options.json) as part:
-            part.write_text(json.dumps(facts | {"versions": versions, "rows": summary}, indent=1) + "\n")
-    if options.sheet and len(summary[rows[0]]["failed"]) < len(pairs):
-        with u.whole(options.sheet) as part:
+        header = {"images": len(pairs), "preset": args.preset, "limit": args.limit, "settings": score_settings(run)}
+        with u.atomic_write(args.json) as part:
+            part.write_text(json.dumps(header | {"versions": versions, "rows": summary}, indent=1) + "\n")
+    if args.sheet and len(summary[rows[0]]["failed"]) < len(pairs):
+        with u.atomic_write(args.sheet) as part:
             contact_sheet(pairs, scores, rows[0], run).save(part, format="PNG")
     return 1 if any(entry["failed"] for entry in summary.values()) else 0
 
 
 # Benchmark -----------------------------------------------------------------------------------------------------
 
-SIZES = {784: (224, 8), 3025: (224, 4)}  # N: (size, stride)
+GRAPH_SIZES = {784: (224, 8), 3025: (224, 4), 12_321: (448, 4)}  # N: (size, stride); the last one on CUDA only
 MEGAPIXELS = (1, 3, 12)
 
 
-def photograph(height, width):
-    """Something like a lesion on skin, with uneven light and noise: (H,W,3) uint8."""
+def synthetic_photo(height, width):
+    """A picture like a lesion on skin, with uneven light and noise: (height,width,3) uint8."""
     lesion = ellipse((height, width), (0.3 * width, 0.3 * height, 0.7 * width, 0.7 * height))
     light = np.linspace(1, 0.9, width)[:, None]
     rgb = np.where(lesion[..., None], (130, 75, 55), (225, 180, 160)) * light
@@ -890,79 +894,87 @@ def photograph(height, width):
 
 
 def seconds(function, repeats=3):
-    """The least wall-clock time of some calls after a first one: what the machine can do, less what disturbs it."""
+    """The shortest wall-clock time of several calls, after a first one that does not count."""
     available = torch.cuda.is_available(), torch.backends.mps.is_available(), True
     sync = (torch.cuda.synchronize, torch.mps.synchronize, lambda: None)[available.index(True)]
     return min(timeit.repeat(lambda: (function(), sync()), number=1, repeat=repeats + 1)[1:])
 
 
 def peak_memory():
-    """GiB at most so far: of the GPU, if it was used, or of this whole process."""
-    import resource  # which Windows lacks
+    """The peak memory so far in GiB: of the GPU if it was used, else of this process."""
+    import resource  # not on Windows
 
     if torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on a Mac, else in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def bench_graph(n, device):
-    """One column of the stages' table: a dictionary."""
-    device, (size, stride) = u.pick_device(device), SIZES[n]
-    config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), photograph(size, size)
+    """One column of the table of stages: {name: number}."""
+    device, (size, stride) = u.pick_device(device), GRAPH_SIZES[n]
+    config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), synthetic_photo(size, size)
     view, features, weights = u.extract_nodes(rgb, config, backbone, device)
     adjacency = u.build_graph(features, config.tau, weights)
-    x = u.standardise(features, adjacency)
-    network, optimizer = u.new_network(x.shape[1], config, device)
-
-    epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)
-    epoch()
-    name, ours = f"epoch, {config.heads} heads", seconds(u.replayed(epoch, device))  # as in `fit`
     start = time.perf_counter()
-    assignment, losses, _ = u.fit(features, adjacency, config)
-    settled = time.perf_counter() - start
+    fitted = u.fit(features, adjacency, config)
+    fit_seconds = time.perf_counter() - start
+    shape = rgb.shape[:2]
     column = {
         "N": n,
-        "features and place, ms": 1e3 * seconds(lambda: u.extract_nodes(rgb, config, backbone, device)),
+        "features and location, ms": 1e3 * seconds(lambda: u.extract_nodes(rgb, config, backbone, device)),
         "graph, ms": 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights)),
-        "edges, of N x N": float((adjacency > 0).float().mean()),
-        f"{name}, ms": 1e3 * ours,
-        "epochs until settled": len(losses),
-        "fit, s": settled,
-        "refinement, ms": 1e3 * seconds(lambda: u.finish(view, assignment, adjacency, config, rgb.shape[:2])),
-        "peak memory, GiB": peak_memory(),
+        "edges, fraction of N x N": float((adjacency > 0).float().mean()),
+        "epochs of the fit": len(fitted.losses),
+        "fit, s": fit_seconds,
+        "mask, ms": 1e3 * seconds(lambda: u.make_mask(view, fitted.assignment, adjacency, weights, config, shape)),
     }
-    blockwise, u.BlockwiseAttention.apply = u.BlockwiseAttention.apply, u.attention
-    epoch()
-    column[f"{name}: plain autograd, x ours"] = seconds(u.replayed(epoch, device), 1) / ours
-    u.BlockwiseAttention.apply = blockwise
-    with contextlib.suppress(ImportError):  # a column without it, where it is not installed
-        if n <= 784:  # for the memory
+    x = u.centre_and_scale(features, adjacency)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for name, attend in (("blockwise", u.BlockwiseAttention.apply), ("plain", u.attention)):
+        network, optimizer = u.seeded_model(lambda: u.UnSegMedGAT(x.shape[1], config), config, device)
+        for layer in (layer for layers in network.series for layer in layers):
+            layer.attend = attend
+        column[f"epoch, {name} attention, ms"] = 1e3 * time_epoch(network, optimizer, x, adjacency, config)
+        column[f"peak memory so far, {name}, GiB"] = peak_memory()
+    with contextlib.suppress(ImportError):  # without torch_geometric the row is left out
+        if n <= 784:  # larger graphs take too much memory
             use_geometric(network, adjacency)
             optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
-            epoch = functools.partial(u.step, network, optimizer, x, adjacency, config)
-            # not recorded, as GATConv waits for results
-            column[f"{name}: torch_geometric, x ours"] = seconds(epoch, 1) / ours
+            epoch = time_epoch(network, optimizer, x, adjacency, config, capture=False)  # GATConv cannot be captured
+            column["epoch, torch_geometric, ms"] = 1e3 * epoch
     return column
 
 
+def time_epoch(network, optimizer, x, adjacency, config, capture=True):
+    """The seconds of one epoch of `fit`, on CUDA captured as there."""
+
+    def epoch():
+        return u.train_step(optimizer, lambda: u.modularity_loss(network(x, adjacency), adjacency, collapse_weight=0))
+
+    for _ in range(3):
+        epoch()
+    return seconds(u.capture_cuda_graph(epoch, x.device) if capture and x.is_cuda else epoch)
+
+
 def use_geometric(network, adjacency):
-    """Put torch_geometric's GATConv in the place of every attention layer; it gets a list of edges, not a matrix."""
+    """Replace every attention layer by torch_geometric's GATConv, which gets a list of edges, not a matrix."""
     from torch_geometric.nn import GATConv
 
     edges = adjacency.nonzero().T.contiguous()  # (2,E)
     for layers in network.series:
-        for number, ours in enumerate(layers):
-            width = ours.W.out_features // ours.heads
-            theirs = GATConv(ours.W.in_features, width, ours.heads, add_self_loops=False, bias=False)
-            theirs.register_forward_pre_hook(lambda _, inputs: (inputs[0], edges))
-            layers[number] = theirs.to(adjacency.device)
+        for number, layer in enumerate(layers):
+            width = layer.W.out_features // layer.heads
+            conv = GATConv(layer.W.in_features, width, layer.heads, add_self_loops=False, bias=False)
+            conv.register_forward_pre_hook(lambda _, inputs: (inputs[0], edges))
+            layers[number] = conv.to(adjacency.device)
 
 
 def bench_solver(megapixels, device):
-    """One column of the table of bilateral.py alone, on whole photographs: a dictionary. It runs on the CPU."""
+    """One column of the table of bilateral.py on whole photographs: {name: number}. It runs on the CPU."""
     height = round(math.sqrt(megapixels * 1e6 * 3 / 4))
-    guide = photograph(height, height * 4 // 3)
+    guide = synthetic_photo(height, height * 4 // 3)
     target = (guide[..., 1] < 130).astype(float)
     return {
         "megapixels": megapixels,
@@ -973,19 +985,19 @@ def bench_solver(megapixels, device):
 
 
 def bench(argv):
-    """`python eval.py bench`: print what each stage costs on this machine. Returns the exit code."""
-    parser = argparse.ArgumentParser("eval.py bench", description="Time the stages on a drawn image, no files needed.")
+    """`python eval.py bench`: print the cost of every stage on this machine. Returns the exit code."""
+    parser = argparse.ArgumentParser("eval.py bench", description="Time every stage on a synthetic image.")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    options = parser.parse_args(argv)
-    device = u.pick_device(options.device)
+    device = u.pick_device(parser.parse_args(argv).device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     spawn = multiprocessing.get_context("spawn")
     print(f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
           f"NumPy {np.__version__}")  # fmt: skip
-    for function, sizes in [(bench_graph, SIZES), (bench_solver, MEGAPIXELS)]:
+    graph_sizes = [n for n in GRAPH_SIZES if n < 10_000 or device.type == "cuda"]
+    for function, sizes in [(bench_graph, graph_sizes), (bench_solver, MEGAPIXELS)]:
         columns = []
         for size in sizes:
-            with ProcessPoolExecutor(1, spawn) as pool:  # whose peak memory is this column's
+            with ProcessPoolExecutor(1, spawn) as pool:  # a process of its own, for its peak memory
                 columns.append(pool.submit(function, size, str(device)).result())
         cells = {name: [f"{column[name]:.4g}" if name in column else "" for column in columns] for name in columns[0]}
         print("\n" + as_table([[name, *numbers] for name, numbers in cells.items()]))
@@ -999,10 +1011,9 @@ def main(argv=None):
     def program():
         if argv[:1] == ["bench"]:
             return bench(argv[1:])
-        options = u.parse_options(build_parser(), argv, u.PRESETS | {"official": OFFICIAL})
-        return run_evaluation(options)
+        return run_evaluation(u.parse_args(build_parser(), argv, u.PRESETS | {"official": OFFICIAL}))
 
-    return u.exit_code(program, "with --csv, --resume goes on from here")
+    return u.run_program(program, "with --csv, --resume continues from here")
 
 
 if __name__ == "__main__":

@@ -95,9 +95,9 @@ def photo(tmp_path):
     "wrong",
     [dict(tau=0.0), dict(tau=1.0), dict(tau=math.nan), dict(clusters=1), dict(heads=3), dict(heads=0), dict(size=8),
      dict(stride=3), dict(epochs=0), dict(epochs=2.5), dict(epochs=2.0), dict(epochs=True), dict(lr=math.inf),
-     dict(lr=0), dict(widths=()), dict(widths=128), dict(widths=(128.0,)), dict(layers=0), dict(collective="5"),
-     dict(activation="tanh"), dict(colour=1.1), dict(collective=60), dict(components=-1), dict(smoothness=-1),
-     dict(seed=-1), dict(contour=1e6), dict(refine="no")],
+     dict(lr=0), dict(widths=()), dict(widths=128), dict(widths=(128.0,)), dict(layers=0), dict(shared_epochs="5"),
+     dict(activation="tanh"), dict(colour=1.1), dict(shared_epochs=60), dict(keep_components=-1), dict(bilateral_lambda=-1),
+     dict(seed=-1), dict(mask_blur=1e6), dict(refine="no")],
     ids=str,
 )  # fmt: skip
 def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
@@ -109,15 +109,14 @@ def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
     "flags, settings",
     [("", {}),
      ("--tau 0.5 --widths 32,64 --no-refine --invert", dict(tau=0.5, widths=(32, 64), refine=False, invert=True)),
-     ("--preset paper --smoothness 7", dict(colour=0.0, residual=False, settled=0.0, balance=1.0,
-                                            prior=0.0, evidence=0.0, contour=0.0, smoothness=7.0))],
+     ("--preset paper --bilateral-lambda 7", u.PRESETS["paper"] | dict(bilateral_lambda=7.0))],
 )  # fmt: skip
 def test_every_setting_is_a_flag_with_the_same_default_and_help_and_wins_over_the_preset(flags, settings):
     parser = u.build_parser()
-    options = u.parse_options(parser, ["a.png", "-o", "b.png", *flags.split()])
-    assert u.config_from(options) == u.Config(**settings)
+    options = u.parse_args(parser, ["a.png", "-o", "b.png", *flags.split()])
+    assert u.config_from_args(options) == u.Config(**settings)
     text = " ".join(parser.format_help().split())
-    assert "--weight-decay" in text and "default 60 [paper, section III" in text
+    assert "--weight-decay" in text and "default 60 [paper, III" in text
 
 
 # Graph, eq. (1); attention, eqs. (2) to (4); network, eq. (5) --------------------------------------------------
@@ -182,12 +181,12 @@ def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
 
 @pytest.mark.parametrize("name, activation", [("silu", F.silu), ("selu", F.selu), ("relu", F.relu)])
 def test_network_is_equation_5(name, activation):
-    config = u.Config(widths=(8, 4), heads=2, projection=3, clusters=3, activation=name)
+    config = u.Config(widths=(8, 4), heads=2, fc_dim=3, clusters=3, activation=name)
     network, x, a = u.UnSegMedGAT(5, config), torch.randn(10, 5), random_graph(10, dtype=torch.float32)
     (one, two), (three, four) = network.series
-    first = network.first[0](activation(two(activation(one(x, a)), a)))
-    second = network.first[1](activation(four(activation(three(x, a)), a)))
-    torch.testing.assert_close(network(x, a), network.second(first + second).softmax(1))
+    first = network.fc_branch[0](activation(two(activation(one(x, a)), a)))
+    second = network.fc_branch[1](activation(four(activation(three(x, a)), a)))
+    torch.testing.assert_close(network(x, a), network.fc_out(first + second).softmax(1))
 
 
 # Loss, eqs. (6) to (8), and the fit ----------------------------------------------------------------------------
@@ -206,7 +205,7 @@ def test_loss_is_equation_8_with_b_formed_and_its_first_term_the_modularity_of_n
     theirs = networkx.community.modularity(
         networkx.from_numpy_array(loopless.numpy()), [{*np.flatnonzero(clusters == k)} for k in range(3)]
     )
-    assert -u.modularity_loss(F.one_hot(clusters).double(), loopless, balance=0).item() == pytest.approx(theirs)
+    assert -u.modularity_loss(F.one_hot(clusters).double(), loopless, collapse_weight=0).item() == pytest.approx(theirs)
 
 
 def communities(n=40, groups=2, noise=0.2):
@@ -219,15 +218,16 @@ def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state
     features, group = communities()
     adjacency = u.build_graph(features, 0.3)
     before = torch.get_rng_state()
-    assignment, history, _ = u.fit(features, adjacency)
+    result = u.fit(features, adjacency)
     assert torch.equal(torch.get_rng_state(), before)
-    assert (assignment.argmax(1) == group).float().mean() in (0, 1)
-    assert len(history) < 60 and history[-1] < -0.3
-    finer = u.fit(features, adjacency, u.Config(resolution=0.9))[0]  # whose uniform assignment has a loss below 0
-    assert (finer.argmax(1) == group).float().mean() in (0, 1)
-    again, other = u.fit(features, adjacency)[0], u.fit(features, adjacency, u.Config(seed=np.int64(1)))[0]
-    assert torch.equal(assignment, again) and not torch.equal(assignment, other)
-    rising = u.fit(features, adjacency, u.Config(settled=0, lr=0.1, epochs=70))[1]  # 0 is never, though the loss rises
+    assert (result.assignment.argmax(1) == group).float().mean() in (0, 1)
+    assert len(result.losses) < 60 and result.losses[-1] < -0.3
+    torch.testing.assert_close(result.network(u.centre_and_scale(features, adjacency), adjacency), result.assignment)
+    finer = u.fit(features, adjacency, u.Config(resolution=0.9))  # where a uniform assignment has a loss below 0
+    assert (finer.assignment.argmax(1) == group).float().mean() in (0, 1)
+    again, other = u.fit(features, adjacency), u.fit(features, adjacency, u.Config(seed=np.int64(1)))
+    assert torch.equal(result.assignment, again.assignment) and not torch.equal(result.assignment, other.assignment)
+    rising = u.fit(features, adjacency, u.Config(early_stop=0, lr=0.1, epochs=70)).losses  # not stopped though it rises
     assert len(rising) == 70 and any(a < b for a, b in zip(rising, rising[3:]))
 
 
@@ -246,35 +246,35 @@ def test_fit_reaches_the_modularity_of_the_leading_eigenvector_on_graphs_of_any_
 
     d = adjacency.sum(1)
     leading = torch.linalg.eigh(adjacency - torch.outer(d, d) / d.sum())[1][:, -1] > 0  # Newman 2006
-    best = -u.modularity_loss(F.one_hot(leading.long(), 2).float(), adjacency, balance=0).item()
-    assert u.fit(features, adjacency)[2] >= 0.9 * best > 0
+    best = -u.modularity_loss(F.one_hot(leading.long(), 2).float(), adjacency, collapse_weight=0).item()
+    assert u.fit(features, adjacency).modularity >= 0.9 * best > 0
 
 
 def test_standardised_features_have_no_mean_and_length_4_whatever_they_share_nodes_counting_by_degree():
     adjacency = random_graph(50).float()
     degree = adjacency.sum(1)
-    x = u.standardise(torch.randn(50, 7) + 100, adjacency)
+    x = u.centre_and_scale(torch.randn(50, 7) + 100, adjacency)
     torch.testing.assert_close((degree[:, None] * x).sum(0) / degree.sum(), torch.zeros(7), rtol=0, atol=1e-4)
     assert math.isclose(((degree * x.square().sum(1)).sum() / degree.sum()).sqrt(), 4, rel_tol=1e-4)
-    assert (u.standardise(torch.ones(3, 2), torch.ones(3, 3)) == 0).all()
-    assert u.standardise(x, 0 * adjacency).isfinite().all()  # without edges
+    assert (u.centre_and_scale(torch.ones(3, 2), torch.ones(3, 3)) == 0).all()
+    assert u.centre_and_scale(x, 0 * adjacency).isfinite().all()  # without edges
 
 
 def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
     images = [communities(n)[0] for n in (20, 30)]
-    config = u.Config(collective=3, epochs=10, settled=0, widths=(8,), heads=2)
+    config = u.Config(shared_epochs=3, epochs=10, early_stop=0, widths=(8,), heads=2)
     torch.manual_seed(config.seed)
     network = u.UnSegMedGAT(20, config)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=1e-2)
     for x in images * 3:
         adjacency = u.build_graph(x, 0.3)
         optimizer.zero_grad()
-        u.modularity_loss(network(u.standardise(x, adjacency), adjacency), adjacency, balance=0).backward()
+        u.modularity_loss(network(u.centre_and_scale(x, adjacency), adjacency), adjacency, collapse_weight=0).backward()
         optimizer.step()
     shared = u.fit_collective([(x, torch.ones(len(x))) for x in images], config)
     torch.testing.assert_close(shared, dict(network.state_dict()), check_stride=False)
     kept = {name: tensor.clone() for name, tensor in shared.items()}
-    history = u.fit(images[0], u.build_graph(images[0], 0.3), config, shared)[1]
+    history = u.fit(images[0], u.build_graph(images[0], 0.3), config, shared).losses
     assert len(history) == 7  # the remaining epochs
     torch.testing.assert_close(shared, kept)  # each image starts from the same parameters
 
@@ -316,7 +316,7 @@ def view_of(rgb, box=None, stride=8, **fields):
     """A View of a photograph, or of a box in it, at its own size."""
     y0, x0, y1, x1 = box = box or (0, 0, *rgb.shape[:2])
     image = u.resize_image(rgb[y0:y1, x0:x1], min(y1 - y0, x1 - x0), stride)
-    fields = {"valid": torch.ones(image.shape[1] // 8, image.shape[2] // 8), "area": (0, 0, *image.shape[1:])} | fields
+    fields = {"field_of_view": torch.ones(image.shape[1] // 8, image.shape[2] // 8), "search_area": (0, 0, *image.shape[1:]), **fields}
     return u.View(image, stride, box, **fields)
 
 
@@ -368,7 +368,7 @@ BLUE, YELLOW, INK, VEIL, BLOOD = (40, 90, 220), (230, 200, 20), (120, 60, 150), 
 def test_field_of_view_leaves_out_frames_stickers_and_ink_but_no_tissue(marks, colour, hidden, seen):
     rgb, _ = lesion(160, 224)
     rgb[marks] = colour
-    valid = u.field_of_view(torch.from_numpy(rgb).permute(2, 0, 1) / 255)
+    valid = u.find_field_of_view(torch.from_numpy(rgb).permute(2, 0, 1) / 255)
     assert not valid[hidden].any() and valid[seen].all()
 
 
@@ -380,7 +380,7 @@ def salient(row, column, radius):
 
 
 def locate(*features, valid=torch.ones(28, 37), area=(0, 0, 28, 37), point=None):
-    return u.locate([values.permute(2, 0, 1) for values in features], valid, area, point)
+    return u.find_disc([values.permute(2, 0, 1) for values in features], valid, area, point)
 
 
 @pytest.mark.parametrize("row, column, radius", [(14, 18, 6), (10, 24, 4), (8, 10, 4), (17, 15, 9)])
@@ -410,15 +410,15 @@ def test_a_box_is_tight_or_loose_by_its_rim(scale, fills):
     maps = salient(14, 18, 6).permute(2, 0, 1)
     half = 6.5 * scale
     area = max(0, 14.5 - half), max(0, 18.5 - half), min(28, 14.5 + half), min(37, 18.5 + half)
-    assert u.fills_box([maps], torch.ones(28, 37), area) == fills
+    assert u.box_is_tight([maps], torch.ones(28, 37), area) == fills
     nothing = torch.randn(5, 28, 37)  # a map that knows nothing does not overrule the user
-    assert u.fills_box([maps, nothing], torch.ones(28, 37), area) == (fills or scale < 9)
+    assert u.box_is_tight([maps, nothing], torch.ones(28, 37), area) == (fills or scale < 9)
 
 
 @pytest.mark.parametrize("stride", [8, 4])
 def test_a_view_knows_its_patches_and_its_ellipse_and_their_weights(stride):
     view = view_of(np.zeros((160, 240, 3), np.uint8), (32, 64, 128, 192), stride, ellipse=(38.0, 66.0, 30.0, 50.0))
-    view.valid[:4] = 0  # the upper 32 rows
+    view.field_of_view[:4] = 0  # the upper 32 rows
     rows = 4 + stride * np.arange((96 - 8) // stride + 1)[:, None]
     columns = 4 + stride * np.arange((128 - 8) // stride + 1)
     rho, valid = np.hypot((rows - 38) / 30, (columns - 66) / 50), (rows >= 32) & (columns > 0)
@@ -435,9 +435,9 @@ def test_a_view_of_a_box_shows_its_surroundings_and_knows_where_it_is():
     rgb[:, :40] = 0  # a dark frame
     view = u.view_photograph(rgb, u.Config(size=96), (50, 60, 150, 140))
     assert view.box == (36, 20, 164, 180) and view.image.shape == (3, 96, 120)  # 1.6 times as large
-    assert view.area == pytest.approx((18, 22.5, 78, 97.5))
-    assert not view.valid[:, :1].any() and view.valid[:, 2:].all()
-    assert u.view_photograph(rgb, u.Config(size=96)).area == (0, 0, 96, 144)
+    assert view.search_area == pytest.approx((18, 22.5, 78, 97.5))
+    assert not view.field_of_view[:, :1].any() and view.field_of_view[:, 2:].all()
+    assert u.view_photograph(rgb, u.Config(size=96)).search_area == (0, 0, 96, 144)
 
 
 # Weights -------------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def silent_host():
 
 def test_auto_falls_back_with_one_clear_line_and_dino_never_does(hub, monkeypatch, caplog):
     server, url = silent_host()
-    monkeypatch.setattr(u, "PATIENCE", 0.3)
+    monkeypatch.setattr(u, "DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(u, "DINO_URL", url)
     assert segment(lesion()[0], backbone="auto", size=64).backbone == "builtin"
     assert len(caplog.messages) == 1 and "--weights FILE" in caplog.messages[0] and "failed" in caplog.messages[0]
@@ -563,7 +563,7 @@ def test_auto_falls_back_with_one_clear_line_and_dino_never_does(hub, monkeypatc
 def test_auto_falls_back_whatever_is_wrong_with_the_network_or_the_cache(hub, monkeypatch, caplog, wrong):
     for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(u, "PATIENCE", 5)
+    monkeypatch.setattr(u, "DOWNLOAD_TIMEOUT", 5)
     if wrong == "a proxy without a port":
         monkeypatch.setenv("https_proxy", "http://proxy:port")
     else:
@@ -761,22 +761,23 @@ def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background(
     assert not u.clean_mask(np.zeros((4, 4), bool), 1).any()
 
 
-@pytest.mark.parametrize("contour, evidence", [(0.0, 0.0), (3.0, 0.0), (0.0, 16.0)])
-def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(contour, evidence):
+@pytest.mark.parametrize("blur, similarity_weight", [(0.0, 0.0), (3.0, 0.0), (0.0, 16.0)])
+def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(blur, similarity_weight):
     rgb = lesion(96, 96)[0]
     view = view_of(rgb, ellipse=(48.0, 43.0, 27.0, 24.0))
     x = (view.inside_ellipse() + torch.rand(12, 12)) / 2
     assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
-    settings = [dict(refine=False, contour=0.0), dict(smoothness=5, contour=contour)]
-    raw, soft = (u.finish(view, assignment, torch.eye(144), u.Config(evidence=evidence, **s), (96, 96))["probability"]
+    settings = [dict(refine=False, mask_blur=0.0), dict(bilateral_lambda=5, mask_blur=blur)]
+    raw, soft = (u.make_mask(view, assignment, torch.eye(144), torch.ones(144),
+                             u.Config(similarity_weight=similarity_weight, **s), (96, 96))["probability"]
                  for s in settings)  # fmt: skip
-    trust = 2 * np.abs(np.log(raw / (1 - raw))) if evidence else 0.999  # the second look knows what it is sure of
-    expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, trust, smoothness=5), contour)
+    confidence = 2 * np.abs(np.log(raw / (1 - raw))) if similarity_weight else 0.999
+    expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, confidence, smoothness=5), blur)
     np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
 
 
 @GPU
-def test_masks_and_losses_on_cuda_where_steps_are_recorded_agree_with_the_cpu():
+def test_masks_and_losses_on_cuda_where_steps_are_captured_agree_with_the_cpu():
     rgb, config = lesion()[0], u.Config(size=96)
     cpu, cuda = (u.segment(rgb, config, backbone="builtin", device=device) for device in ("cpu", "cuda"))
     assert iou(cpu.mask, cuda.mask) > 0.98
@@ -784,10 +785,10 @@ def test_masks_and_losses_on_cuda_where_steps_are_recorded_agree_with_the_cpu():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
-def test_a_thread_records_on_the_gpu_it_is_given():
+def test_a_thread_captures_on_the_gpu_it_is_given():
     features = communities()[0].to("cuda:1")
     with ThreadPoolExecutor(1) as pool:  # whose thread begins on the first one
-        history = pool.submit(u.fit, features, u.build_graph(features, 0.3)).result()[1]
+        history = pool.submit(u.fit, features, u.build_graph(features, 0.3)).result().losses
     assert len(history) > 6 and history[-1] < history[4] < history[3]
 
 
@@ -807,9 +808,9 @@ def test_segment_finds_the_lesion_and_inverts_on_request(stride, grid):
 
 @pytest.mark.parametrize("clusters", [4, 20])
 def test_of_more_clusters_the_last_labels_are_the_mask_and_the_map_is_read_back_as_written(clusters, tmp_path, photo):
-    flags = ["--clusters", str(clusters), "--labels", "--components", "0", "--size", "96"]
+    flags = ["--clusters", str(clusters), "--labels", "--keep-components", "0", "--size", "96"]
     assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), *QUICK, *flags]) == 0
-    result = segment(photo, size=96, clusters=clusters, components=0, epochs=40)
+    result = segment(photo, size=96, clusters=clusters, keep_components=0, epochs=40)
     written = Image.open(tmp_path / "mask_labels.png")
     assert np.array_equal(np.array(written), result.labels) and len(written.getpalette()) == 768
     assert result.labels.max() < clusters and result.assignment.shape == (12, 16, clusters)
@@ -821,7 +822,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     rgb, truth = lesion()
     both, mirrored = np.concatenate([rgb, rgb[:, ::-1]], axis=1), truth[:, ::-1]
     assert ndimage.label(segment(both, size=96).mask)[1] == 1
-    two = segment(both, size=96, components=2, prior=5).mask
+    two = segment(both, size=96, keep_components=2, fade_radii=5).mask
     assert iou(two, np.concatenate([truth, mirrored], axis=1)) > 0.8
     left, right = (segment(both, size=96, point=(x, 48)).mask for x in (58, 198))
     assert iou(left[:, :128], truth) > 0.85 and not left[:, 128:].any()
@@ -836,48 +837,50 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     assert segment(np.tile(rgb, (3, 9, 1)), epochs=2, box=(10, 99, 1110, 103)).view.grid[1] < 40  # no strip of patches
 
 
-@pytest.mark.parametrize("hint, radius", [("box", 1.1), ("point", 1.4), ("", 1.6)])
-def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_the_place(hint, radius):
-    view = view_of(np.zeros((80, 80, 3), np.uint8), ellipse=(40.0, 40.0, 20.0, 20.0), prompt=hint)
+@pytest.mark.parametrize("prompt, radius", [("box", 1.1), ("point", 1.4), ("", 1.6)])
+def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_its_position(prompt, radius):
+    view = view_of(np.zeros((80, 80, 3), np.uint8), ellipse=(40.0, 40.0, 20.0, 20.0), prompt=prompt)
     f, weights, x = F.normalize(torch.randn(100, 4), dim=1), torch.rand(100) + 0.1, torch.rand(100)
     x = (x + view.inside_ellipse().flatten()) / 2
-    adjacency, config = u.build_graph(f, 0.3, weights), u.Config(evidence=3)
+    adjacency, config = u.build_graph(f, 0.3, weights), u.Config(similarity_weight=3)
     expected = torch.zeros(100)
     for i in range(100):
         similar = torch.stack([f[i] @ f[j] if f[i] @ f[j] > 0.3 else torch.tensor(0.0) for j in range(100)])
         inside, outside = (np.average(similar, weights=weights * c) for c in (x, 1 - x))
-        place = u.PLACE[hint][0] * max(-1, 1 - view.distance_in_radii().flatten()[i] / radius)
+        prior = u.POSITION_PRIOR[prompt][0] * max(-1, 1 - view.distance_in_radii().flatten()[i] / radius)
         odds = (inside / outside) ** 3
-        expected[i] = float(1 / (1 + math.exp(-place) / (odds if (odds > 1) == (x[i] > 0.5) else 1)))
-    order, background, foreground = u.choose(view, torch.stack([x, 1 - x], dim=1), adjacency, config)
-    torch.testing.assert_close(foreground, expected, rtol=1e-4, atol=1e-6)
+        expected[i] = float(1 / (1 + math.exp(-prior) / (odds if (odds > 1) == (x[i] > 0.5) else 1)))
+    order, background = u.order_clusters(view, torch.stack([x, 1 - x], dim=1))
     assert background == 1 and torch.equal(order[:, 1], x)
-    assert torch.equal(u.choose(view, order, adjacency, u.Config(evidence=0))[2], x)
-    alike = u.finish(view, order, torch.ones(100, 100), u.Config(refine=False, contour=0.0), (80, 80))["mask"]
-    assert iou(alike, disc(39.5, 39.5, 20 * radius, 80, 80)) > 0.9  # the place settles what the clusters leave open
+    foreground = u.select_foreground(view, order, background, adjacency, weights, config)
+    torch.testing.assert_close(foreground, expected, rtol=1e-4, atol=1e-6)
+    plain = u.Config(similarity_weight=0)
+    assert torch.equal(u.select_foreground(view, order, background, adjacency, weights, plain), x)
+    alike = u.make_mask(view, order, torch.ones(100, 100), torch.ones(100), u.Config(refine=False, mask_blur=0.0), (80, 80))
+    assert iou(alike["mask"], disc(39.5, 39.5, 20 * radius, 80, 80)) > 0.9  # where all patches are alike the prior decides
 
 
 def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
     view = view_of(np.zeros((160, 160, 3), np.uint8), ellipse=(80.0, 40.0, 30.0, 30.0))
-    view.valid[:, 10:] = 0
+    view.field_of_view[:, 10:] = 0
     share, masks = torch.where(view.inside_ellipse() > 0, 0.6, 0.1), []
     for frame in 0.0, 1.0:
-        x = torch.where(view.valid > 0, share, frame)
+        x = torch.where(view.field_of_view > 0, share, frame)
         assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
-        config = u.Config(evidence=0, refine=False, contour=0.0)
-        masks.append(u.finish(view, assignment, torch.eye(400), config, (160, 160))["mask"])
+        config = u.Config(similarity_weight=0, refine=False, mask_blur=0.0)
+        masks.append(u.make_mask(view, assignment, torch.eye(400), torch.ones(400), config, (160, 160))["mask"])
     assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
 
 
-@pytest.mark.parametrize("hint", [
+@pytest.mark.parametrize("prompt", [
     dict(point=(128, 5)), dict(point=(-1, 5)), dict(point=(math.nan, 5)), dict(point="5,5"), dict(point=()),
     dict(point=(5,)), dict(point=[(5, 5), (9, 9)]), dict(point=("5", "5")), dict(point=5), dict(point={1: 2}),
     dict(point=(5, 5), box=(0, 0, 50, 50)), dict(box=(5, 5, 5, 9)), dict(box=(0, 0, 200, 50)), dict(box="0,0,50,50"),
     dict(box=[]), dict(box=(0, 0, 50)), dict(box=[(0, 0, 50, 50)]), dict(box=((0, 0), (50, 50))),
     dict(box=(0, 0, (50,), 50)), dict(box=(0, 0, None, 50))], ids=str)  # fmt: skip
-def test_a_prompt_that_cannot_be_is_refused_in_one_line(hint):
-    with pytest.raises(ValueError, match="inside the image, 128 x 96; got|leave the point out") as error:
-        segment(lesion()[0], **hint)
+def test_a_prompt_that_cannot_be_is_refused_in_one_line(prompt):
+    with pytest.raises(ValueError, match="inside the image, 128 x 96; got|a box and a point are given") as error:
+        segment(lesion()[0], **prompt)
     assert "\n" not in str(error.value)
 
 
@@ -928,7 +931,7 @@ def test_a_mask_does_not_depend_on_the_torch_of_the_caller(dino_files, kind):
         u.load_backbone.cache_clear()
         with context:
             dino = u.segment(rgb, u.Config(size=64), backbone="dino", weights=weights, device="cpu")
-            masks.append((segment(rgb).probability, segment(rgb, collective=2, point=(58, 48)).probability, dino.probability))
+            masks.append((segment(rgb).probability, segment(rgb, shared_epochs=2, point=(58, 48)).probability, dino.probability))
             assert torch.get_default_dtype() == (torch.float64 if kind == "float64" and len(masks) == 2 else torch.float32)
     u.load_backbone.cache_clear()
     for expected, found in zip(*masks):
@@ -954,7 +957,7 @@ def test_a_faint_object_on_bright_even_ground_is_found(ground):
 def test_the_smallest_images_are_segmented_too(height, width):
     for point in (None, (width - 1, 0)):
         assert segment(lesion(height, width)[0], point=point).mask.shape == (height, width)
-    assert u.locate([torch.rand(5, 3, 4)], torch.ones(3, 4), (0, 0, 3, 4), (2.0, 3.0))[:2] == (2, 3)  # where no ring has a cell
+    assert u.find_disc([torch.rand(5, 3, 4)], torch.ones(3, 4), (0, 0, 3, 4), (2.0, 3.0))[:2] == (2, 3)  # where no ring has a cell
 
 
 def test_a_backbone_of_ones_own_is_heard_beside_the_colour_and_a_fit_without_communities_is_said(caplog):
@@ -1031,12 +1034,12 @@ def test_all_outputs_of_a_folder_with_failures_listed_and_skipped_on_the_second_
         (folder / name).touch()
     (folder / "more").mkdir()
     out, extras = tmp_path / "out", ["--probability", "--labels", "--overlay", "--explain", "--box", "20,12,96,84"]
-    arguments = [str(folder), "-o", str(out), *QUICK, *extras, "--collective", "3"]
+    arguments = [str(folder), "-o", str(out), *QUICK, *extras, "--shared-epochs", "3"]
     assert u.main([*arguments, "--quiet"]) == 1
     names = {f"{s}{kind}.png" for s in "0123" for kind in ("", "_probability", "_labels", "_overlay", "_explain")}
     assert {p.name for p in out.iterdir()} == names and capsys.readouterr().out == ""
-    left_out = "5 entries are left out, as they are no images that are read here: 2 .dcm, 1 .heic, 1 .txt, 1 folders"
-    assert caplog.messages[0] == f"{folder}: {left_out}"
+    skipped = "5 entries are skipped, as they are not images that are read here: 2 .dcm, 1 .heic, 1 .txt, 1 folder"
+    assert caplog.messages[0] == f"{folder}: {skipped}"
     assert "2b.png" in caplog.messages[1] and caplog.messages[-1].startswith("1 failed")
     for name in "0123":
         assert iou(np.array(Image.open(out / f"{name}.png")) > 0, lesion()[1]) > 0.9
@@ -1048,7 +1051,7 @@ def test_all_outputs_of_a_folder_with_failures_listed_and_skipped_on_the_second_
     (folder / "2b.png").unlink()
     capsys.readouterr()
     assert u.main([*arguments, "--skip-existing"]) == 0
-    assert capsys.readouterr().out == "4 of 4 images are left alone, as their outputs exist\n"
+    assert capsys.readouterr().out == "4 of 4 images are skipped, as their outputs exist\n"
 
 
 @pytest.fixture
@@ -1084,7 +1087,7 @@ def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path, req
         os.close(pipe)  # and who has opened it reads its end: no image, and nobody waits for ever
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130 and errors == (
-        "ERROR: interrupted; what is written is whole, and --skip-existing goes on from here\n"
+        "ERROR: interrupted; the outputs that exist are whole, and --skip-existing continues from here\n"
     )
     before = contents(out)
     assert 0 < len(before) < 9 and all(Image.open(path).load() for path in out.iterdir())
@@ -1101,7 +1104,7 @@ def torchrun(*arguments):
 
 
 def test_outputs_do_not_depend_on_the_number_of_workers_or_of_torchruns_processes(folder, tmp_path, capsys):
-    arguments, said = [str(folder), *QUICK, "--collective", "5", "--probability"], []
+    arguments, said = [str(folder), *QUICK, "--shared-epochs", "5", "--probability"], []
     for workers in "1", "2":
         assert u.main([*arguments, "-o", str(tmp_path / workers), "--workers", workers]) == 1
         said.append([line.split(" -> ")[0] for line in capsys.readouterr().out.splitlines()])
@@ -1164,7 +1167,7 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
      ("{dir} -o {dir}/.", "is an input"),
      ("{photo} -o {dir}/mask.png --point 9,9 --box 1,1,9,9", "not allowed with argument"),
      ("{photo} -o {dir}/mask.png --heads 3", "widths"),
-     ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 whole numbers"),
+     ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 integers"),
      ("{photo} -o {dir}/mask.png --backbone builtin --weights x.pth", "dino backbone"),
      ("{photo} -o {dir}/mask.png --backbone resnet", "a Python file FILE.py, got resnet"),
      ("{photo} -o {dir}/mask.png --workers -1", "--workers must be at least 0"),
@@ -1192,7 +1195,7 @@ def test_a_file_name_that_the_terminal_has_no_letters_for_is_told_all_the_same(t
 
 
 def test_two_writers_of_one_output_do_not_share_a_part_and_stale_parts_are_removed(tmp_path, photo):
-    with u.whole(tmp_path / "mask.png") as one, u.whole(tmp_path / "mask.png") as two:
+    with u.atomic_write(tmp_path / "mask.png") as one, u.atomic_write(tmp_path / "mask.png") as two:
         one.write_text("one")
         two.write_text("two")
         assert one != two
@@ -1288,10 +1291,10 @@ def test_gcn_and_arma_layers_against_loops():
     d = a.sum(1)
     propagation = torch.tensor([[a[i, j] / math.sqrt(d[i] * d[j]) for j in range(6)] for i in range(6)])
     torch.testing.assert_close(evaluator.normalise(a), propagation)
-    gcn = evaluator.Convolution(4, 3, F.silu, skip=True)
+    gcn = evaluator.GCNLayer(4, 3, F.silu, skip=True)
     message = torch.stack([sum(propagation[i, j] * gcn.W(x[j]) for j in range(6)) for i in range(6)])
     torch.testing.assert_close(gcn(x, propagation), F.silu(message + gcn.V(x)))
-    arma = evaluator.Arma(4, 3, F.silu, stacks=2, iterations=3)
+    arma = evaluator.ARMALayer(4, 3, F.silu, stacks=2, iterations=3)
     stacks = []
     for first, w, v in zip(arma.first, arma.W, arma.V):
         state = F.silu(propagation @ x @ first + x @ v)
@@ -1337,7 +1340,7 @@ def test_every_method_finds_planted_communities(name, clusters):
     features, group = communities(30 * clusters, clusters, noise=0.1)
     a, config = u.build_graph(features, 0.3), u.Config(clusters=clusters, epochs=150)
     weights = torch.ones(len(group))
-    extra = [u.fit_collective([(features, weights)], u.Config(collective=5))] if name == "unsegmedgatc" else []
+    extra = [u.fit_collective([(features, weights)], u.Config(shared_epochs=5))] if name == "unsegmedgatc" else []
     assignment = evaluator.METHODS[name](features, a, config, *extra)
     torch.testing.assert_close(assignment.sum(1), weights)
     found = assignment.argmax(1).tolist()
@@ -1467,13 +1470,13 @@ def test_one_whole_run_with_every_method_and_output_drops_no_file_silently(datas
     flags = ["--sheet", str(tmp_path / "s.png"), "--predictions", f"made={tmp_path / 'made'}"]
     code, summary = score(*flags, "--group-by", r"^s[01]?(2?_)", "--reference", "isic2018")  # two images, and one
     table = capsys.readouterr().out
-    for row in [*evaluator.METHODS, "located place", "everything foreground", "centred ellipse", "MedSAM (published)"]:
+    for row in [*evaluator.METHODS, "located ellipse", "everything foreground", "centred ellipse", "MedSAM (published)"]:
         assert f"| {row} |" in table
     assert "Backbone: builtin" in table and "blind" in table and "macro mIoU" in table
     assert "not DINO" in caplog.text
     assert all(f"{name}: has no partner" in caplog.text for name in ("alone.jpg", "other_mask.png"))
     assert code == 0 and summary["rows"]["unsegmedgat"]["iou"]["mean"] > 0.8 and summary["images"] == 3
-    ours, made, located = (summary["rows"][row]["iou"] for row in ("unsegmedgat", "made", "located place"))
+    ours, made, located = (summary["rows"][row]["iou"] for row in ("unsegmedgat", "made", "located ellipse"))
     assert made["groups"] == {"_": 1, "2_": 0} and made["macro"] == 0.5 and made["mean"] == pytest.approx(2 / 3)
     assert made["difference"] == pytest.approx(made["mean"] - ours["mean"]) and located["mean"] > 0.5
     assert Image.open(tmp_path / "s.png").size == (312, 996)  # best, median, worst: one of three images each
@@ -1494,7 +1497,7 @@ def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(da
         assert score(*flags, "--resume")[0] == 0 and capsys.readouterr().out == table
         assert file.read_text().startswith(kept) and file.read_text().count("\n") == len(lines)
     assert score(*flags)[0] == 2  # without --resume an existing file is not touched
-    for other in "--tau 0.4", "--tolerance 3%", "--protocol box", "--plant 1", "--squash":
+    for other in "--tau 0.4", "--tolerance 3%", "--protocol box", "--oracle-features 1", "--squash":
         assert score(*flags, "--resume", *other.split())[0] == 2  # nor mixed with other settings
     images = shutil.copytree(dataset[0], tmp_path / "other")
     assert evaluator.main([str(images), str(dataset[1]), *QUICK, *flags, "--resume"]) == 2  # or images
@@ -1560,37 +1563,37 @@ def test_what_each_protocol_gives_away_and_that_blind_masks_are_made_before_the_
         assert summary["rows"]["inscribed ellipse"]["iou"]["mean"] > 0.98  # objects are ellipses
 
 
-def test_an_empty_truth_is_said_and_has_no_place(dataset, score, caplog):
+def test_an_empty_truth_is_reported_and_gives_no_prompt(dataset, score, caplog):
     Image.new("L", (128, 96)).save(dataset[1] / "s2_1.png")
     code, summary = score("--methods", "dsm", "--protocol", "box")
-    assert code == 1 and summary["rows"]["dsm"]["failed"] == ["s2_1"] and "so it has no place" in caplog.text
+    assert code == 1 and summary["rows"]["dsm"]["failed"] == ["s2_1"] and "no prompt can be taken from it" in caplog.text
     assert score("--methods", "dsm")[0] == 0 and "only an empty mask scores 1" in caplog.text
 
 
-def test_planted_features_are_the_stated_formula():
+def test_oracle_features_are_the_stated_formula():
     rgb, truth = lesion(64, 96)
     view = view_of(rgb, (0, 8, 64, 96))
-    clean = evaluator.plant(truth, 0.0, [1]).extract(view)
+    clean = evaluator.oracle_backbone(truth, 0.0, [1]).extract(view)
     c = F.avg_pool2d(torch.from_numpy(truth[:, 8:])[None].float(), 8).flatten()
     e = np.random.default_rng(0).standard_normal((6, 384))
     e = torch.from_numpy(e / np.linalg.norm(e, axis=1, keepdims=True)).float()
     torch.testing.assert_close(clean[c == 1], (0.35 * e[0] + 0.94 * e[1]).expand(int((c == 1).sum()), -1))
     distances = cdist(clean[c == 0], 0.75 * e[0] + 0.66 * e[2:])  # of the background's patches to its kinds
     assert distances.min(1).max() < 1e-5 and len(set(distances.argmin(1))) > 1
-    noisy, other = (evaluator.plant(truth, 2.0, [seed]).extract(view) for seed in (1, 2))
+    noisy, other = (evaluator.oracle_backbone(truth, 2.0, [seed]).extract(view) for seed in (1, 2))
     g = (noisy - clean) * math.sqrt(384) / 2
     assert math.isclose(g.std(), 1, rel_tol=0.02) and abs(g.mean()) < 0.02
-    assert torch.equal(noisy, evaluator.plant(truth, 2.0, [1]).extract(view)) and not torch.equal(noisy, other)
+    assert torch.equal(noisy, evaluator.oracle_backbone(truth, 2.0, [1]).extract(view)) and not torch.equal(noisy, other)
 
 
 @pytest.mark.parametrize("protocol", ["blind", "point", "box", "official --preset official"])
-def test_a_planted_run_says_so_and_finds_the_object(score, capsys, monkeypatch, protocol):
-    noises, seeds, plant = set(), set(), evaluator.plant
-    monkeypatch.setattr(evaluator, "plant", lambda truth, noise, seed: (
-        noises.add(noise), seeds.add(tuple(seed)), plant(truth, noise, seed))[2])  # fmt: skip
-    code, summary = score("--methods", "unsegmedgat,dsm", "--plant", "0.5", "--protocol", *protocol.split())
-    assert code == 0 and "planted from the GROUND TRUTH, noise 0.5" in capsys.readouterr().out
-    assert summary["rows"]["dsm"]["iou"]["mean"] > 0.8 and summary["settings"]["plant"] == 0.5
+def test_a_run_with_oracle_features_says_so_and_finds_the_object(score, capsys, monkeypatch, protocol):
+    noises, seeds, oracle = set(), set(), evaluator.oracle_backbone
+    monkeypatch.setattr(evaluator, "oracle_backbone", lambda truth, noise, seed: (
+        noises.add(noise), seeds.add(tuple(seed)), oracle(truth, noise, seed))[2])  # fmt: skip
+    code, summary = score("--methods", "unsegmedgat,dsm", "--oracle-features", "0.5", "--protocol", *protocol.split())
+    assert code == 0 and "oracle features from the GROUND TRUTH, noise 0.5" in capsys.readouterr().out
+    assert summary["rows"]["dsm"]["iou"]["mean"] > 0.8 and summary["settings"]["oracle_features"] == 0.5
     assert summary["settings"]["config"]["heads"] == (1 if "preset" in protocol else 4)
     assert noises == {0.5} and len(seeds) == 3
 
@@ -1603,18 +1606,18 @@ def test_the_point_is_in_the_object_and_moves_by_no_more_than_the_jitter():
     assert ring[y, x] and math.dist((y, x), inside.mean(0)) == cdist(inside, inside.mean(0, keepdims=True)).min()
     moved = {evaluator.jittered((2, 30), 5, (40, 40), seed) for seed in range(20)}
     assert len(moved) > 9 and all(0 <= x <= 7 and 25 <= y <= 35 for x, y in moved)
-    around = evaluator.free_rows("point", (40, 60), (30, 20))["disc at the point"]
+    around = evaluator.trivial_baselines("point", (40, 60), (30, 20))["disc at the point"]
     assert around[20, 30] and around.sum() == pytest.approx(math.pi * (0.15 * 40) ** 2, rel=0.1)
 
 
 @pytest.mark.parametrize(
     "flags, says",
-    [("--methods sam", "there is no sam"), ("--jitter 3", "--protocol point or box"), ("--plant nan", "at least 0"),
-     ("--plant 1 --backbone dino", "stands in for the backbone"), ("--resume", "--csv"), ("--tolerance 2", "tolerance"),
+    [("--methods sam", "there is no sam"), ("--jitter 3", "--protocol point or box"), ("--oracle-features nan", "at least 0"),
+     ("--oracle-features 1 --backbone dino", "replaces the backbone"), ("--resume", "--csv"), ("--tolerance 2", "tolerance"),
      ("--limit 0", "--limit"), ("--loosen 2", "--protocol box"), ("--loosen 0 --protocol box", "above 0"), ("--tau 2", "tau"), ("--group-by (x)", "that fits s0_1"),
      ("--group-by s", "--group-by s: no"), ("--group-by (", "a group"), ("--predictions sam", "NAME=FOLDER"),
-     ("--predictions dsm=x", "a row here"), ("--json .", "is a folder"),
-     ("--csv a --json a", "two outputs"), ("--predictions a=x --predictions a=y", "each name another")],
+     ("--predictions dsm=x", "not a row of the table"), ("--json .", "is a folder"),
+     ("--csv a --json a", "two outputs"), ("--predictions a=x --predictions a=y", "each with another name")],
 )  # fmt: skip
 def test_wrong_use_of_the_evaluator(score, caplog, flags, says):
     assert score(*flags.split())[0] == 2 and says in caplog.messages[-1]
@@ -1622,8 +1625,8 @@ def test_wrong_use_of_the_evaluator(score, caplog, flags, says):
 
 def test_the_benchmark_prints_both_tables(monkeypatch, capsys):
     monkeypatch.setattr(evaluator, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # in this process
-    monkeypatch.setattr(evaluator, "SIZES", {49: (56, 8)})
+    monkeypatch.setattr(evaluator, "GRAPH_SIZES", {49: (56, 8)})
     monkeypatch.setattr(evaluator, "MEGAPIXELS", (0.02,))
     assert evaluator.main(["bench", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
-    assert "| epoch, 4 heads: plain autograd, x ours | " in table and "| solve, s | " in table
+    assert "| epoch, plain attention, ms | " in table and "| solve, s | " in table

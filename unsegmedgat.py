@@ -1,20 +1,20 @@
 """UnSegMedGAT in plain PyTorch: unsupervised segmentation of medical photographs.
 
-A. Mudit Adityaja, S. J. Shigwan and N. Kumar, "UnSegMedGAT: Unsupervised Medical Image Segmentation
-using Graph Attention Networks Clustering". Patches of an image become the nodes of a graph, and a small
-graph attention network is optimised, for that image alone, until its clusters have high modularity.
+Paper: A. Mudit Adityaja, S. J. Shigwan and N. Kumar, "UnSegMedGAT: Unsupervised Medical Image Segmentation using Graph
+Attention Networks Clustering". The patches of one image are the nodes of a graph. A small graph attention network is
+optimised on that image alone, without labels, until the clusters that it assigns have a high modularity.
 
     python unsegmedgat.py image.png -o mask.png                        # one photograph
-    python unsegmedgat.py image.png -o mask.png --point 210,160        # the object is here
-    python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with pictures to look at
-    torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on many cores, GPUs or machines
+    python unsegmedgat.py image.png -o mask.png --point 210,160        # with a point inside the object
+    python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with overlays to look at
+    torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on several cores, GPUs or machines
 
-After the settings the first part is the paper in its order: image, features, graph (1), attention (2)-(4), network (5),
-loss (6)-(8), fit. What follows is ours: where to look, what is object, pictures and the command line. Of the paper's
-own steps the defaults change the weights of the nodes in (1), the residual in (3), the balance in (8) and when the fit
-stops: see `Config`; and what the solver trusts: see `finish`. X in (5) is centred and scaled, which the paper leaves
-open: see `standardise`.
-Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads.
+The first part of the file is section II of the paper, equations (1) to (8) in their order. The second part is what the
+paper needs around it: images, features, the object's location, the mask, the command line. Where a default differs from
+the paper, `Config` says so.
+
+Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads, D = width of a head. A resized image is
+(3,s,t), with the paper's s and t; a photograph is (height,width,3).
 """
 
 import argparse
@@ -52,18 +52,16 @@ from torch.autograd.function import once_differentiable
 
 import bilateral
 
-log = logging.getLogger("unsegmedgat")  # notices for the user; without any set-up they go to stderr
+log = logging.getLogger("unsegmedgat")  # warnings and errors for the user; they go to stderr unless configured
 
 PATCH = 8  # px, the side of a patch: ViT-S/8
-MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a bomb, or a whole slide
-MAX_NODES = 50_000  # larger graphs are refused: A alone would take over 10 GB
 
 
-# Settings ------------------------------------------------------------------------------------------------------
+# Hyper-parameters ----------------------------------------------------------------------------------------------
 
 
-def setting(default, help, source, low=0, high=sys.float_info.max, choices=None):
-    """A field of Config: its default, what it does, where the default comes from; low <= value <= high, or a choice."""
+def hyperparameter(default, help, source, low=0, high=sys.float_info.max, choices=None):
+    """A field of Config: its default, its help text, the source of the default, and its range or its choices."""
     limits = {"low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "source": source, **limits})
 
@@ -73,119 +71,519 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 
 @dataclass(frozen=True)
 class Config:
-    """Every hyper-parameter, with its source. Each is a flag, with hyphens. Raises ValueError for what cannot be."""
+    """Every hyper-parameter, with the source of its default. Each is also a flag of the command line, with hyphens.
 
-    size: int = setting(224, "px of the shorter side, rounded to a multiple of 8", "authors' code", low=2 * PATCH)
-    stride: int = setting(8, "px between patches: 8, or overlapping at 4 or 2", "paper: p = 8", choices=(8, 4, 2))
-    colour: float = setting(0.7, "share of the colour in a node's feature, beside the backbone's; 0: none, 1: colour alone",
-                            "ours; paper: 0", 0, 1)
-    tau: float = setting(0.3, "similarities up to this are no edge, eq. (1); in (0,1)", "paper, section III", 1e-9, 1 - 1e-9)
-    heads: int = setting(4, "attention heads, eq. (4); must divide every width", "ours, the paper gives none", low=1)
-    widths: tuple[int, ...] = setting((128, 64), "m_r, the widths of the series of GATs: 128,64", "paper, section III")
-    layers: int = setting(2, "t_r, the GAT layers in each series", "paper, section III", low=1)
-    projection: int = setting(64, "M, the width in which they are summed, eq. (5)", "paper, section III", low=1)
-    clusters: int = setting(2, "K; above 2 the mask is the union of foreground clusters", "paper: a mask", 2, 255)
-    activation: str = setting("silu", "the non-linearity of eq. (3)", "paper, section III", choices=tuple(ACTIVATIONS))
-    residual: bool = setting(True, "each layer adds the node's own W x to what it gathers", "ours; paper: no")
-    epochs: int = setting(60, "optimiser steps for each image, at most", "paper, section III; ISIC: 300", low=1)
-    settled: float = setting(0.01, "stop once 3 steps gain less than this share; 0: never", "ours; paper: 0")
-    collective: int = setting(0, "T0, how many of the epochs share parameters", "paper: 5 of 10; ColonDB 15 of 70")
-    lr: float = setting(1e-3, "AdamW's learning rate", "paper, section III", low=1e-9)
-    weight_decay: float = setting(1e-2, "AdamW's weight decay", "paper: decay factor; authors' code: AdamW")
-    resolution: float = setting(1.0, "g, the weight of the null model in the modularity", "paper: none, so 1")
-    balance: float = setting(0.0, "b, the weight of eq. (8)'s second term, equal clusters", "ours; paper: 1")
-    prior: float = setting(1.4, "radii of the place from which on nodes count less; 0: never", "ours")
-    evidence: float = setting(
-        16.0, "weight of a patch's likeness to its cluster, beside its place, in how sure it is and so how far "
-        "the solver trusts it; 0: clusters alone, all trusted alike", "ours", high=1000
+    Raises ValueError, which names the field, for a value out of range.
+    """
+
+    # From the paper
+    tau: float = hyperparameter(0.3, "similarities up to tau are no edges, eq. (1)", "paper, III", 1e-9, 1 - 1e-9)
+    widths: tuple[int, ...] = hyperparameter((128, 64), "m_r, the width of each series of GAT layers", "paper, III")
+    layers: int = hyperparameter(2, "t_r, the number of GAT layers in each series", "paper, III", low=1)
+    fc_dim: int = hyperparameter(64, "M, the width in which the series are summed, eq. (5)", "paper, III", low=1)
+    clusters: int = hyperparameter(2, "K; above 2 the mask is the union of the foreground clusters", "paper", 2, 255)
+    activation: str = hyperparameter("silu", "non-linearity of eq. (3)", "paper, III", choices=tuple(ACTIVATIONS))
+    epochs: int = hyperparameter(60, "largest number of optimiser steps for an image", "paper, III; ISIC: 300", low=1)
+    lr: float = hyperparameter(1e-3, "learning rate of AdamW", "paper, III", low=1e-9)
+    weight_decay: float = hyperparameter(1e-2, "weight decay of AdamW", "paper: decay factor; authors' code: AdamW")
+    shared_epochs: int = hyperparameter(
+        0, "T0, how many of the epochs train parameters that all images share (UnSegMedGATc)",
+        "paper: 5 of 10 for ISIC, 15 of 70 for ColonDB"
     )  # fmt: skip
-    refine: bool = setting(True, "refine with the fast bilateral solver", "paper, Fig. 1")
-    smoothness: float = setting(256.0, "lambda of the bilateral solver", "authors' code; what it trusts is ours")
-    contour: float = setting(
-        3.0, "px of the resized image, a blur that smooths the outline; 0: none", "ours", high=100
+    refine: bool = hyperparameter(True, "refine the mask with the fast bilateral solver", "paper, Fig. 1")
+
+    # From the authors' code, where the paper gives no value
+    size: int = hyperparameter(224, "px of the shorter side after resizing", "authors' code", low=2 * PATCH)
+    bilateral_lambda: float = hyperparameter(256.0, "lambda, the smoothness weight of the bilateral solver", "authors' code")
+    keep_components: int = hyperparameter(1, "number of the largest connected regions to keep; 0 keeps all", "authors' code")
+
+    # Ours
+    stride: int = hyperparameter(8, "px between patches: 8, or overlapping at 4 or 2", "ours; authors: 4", choices=(8, 4, 2))
+    colour: float = hyperparameter(
+        0.7, "weight of the colour in a patch's feature, beside the backbone's; 0: backbone alone, 1: colour alone",
+        "ours; paper: 0", high=1
+    )  # fmt: skip
+    heads: int = hyperparameter(4, "attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
+    residual: bool = hyperparameter(True, "add the node's own W x to what it gathers in eq. (3)", "ours; paper: no")
+    early_stop: float = hyperparameter(
+        0.01, "stop when the last 3 epochs bring less than this fraction of the improvement so far; 0 disables",
+        "ours; paper: 0"
+    )  # fmt: skip
+    resolution: float = hyperparameter(1.0, "resolution of the modularity; eq. (6) at 1", "ours; paper: 1; authors: 0.5")
+    collapse_weight: float = hyperparameter(
+        0.0, "weight of eq. (8)'s second term, which asks for clusters of equal size", "ours; paper: 1"
     )
-    components: int = setting(1, "largest pieces of foreground to keep; 0 keeps all", "authors' code")
-    invert: bool = setting(False, "swap foreground and background", "ours")
-    seed: int = setting(0, "of the network's first parameters", "ours", high=2**32 - 1)
+    fade_radii: float = hyperparameter(
+        1.4, "distance from the object's centre, in radii, beyond which node weights fade; 0 disables", "ours; paper: 0"
+    )
+    similarity_weight: float = hyperparameter(
+        16.0, "weight of a patch's mean similarity to object and background in its final log-odds; 0 keeps the network's "
+        "assignment, and the solver then trusts all pixels alike", "ours; paper: 0", high=1000
+    )  # fmt: skip
+    mask_blur: float = hyperparameter(
+        3.0, "px of the resized image, standard deviation of a blur that smooths the outline", "ours; paper: 0", high=100
+    )
+    invert: bool = hyperparameter(False, "swap foreground and background", "ours")
+    seed: int = hyperparameter(0, "seed of the network's initial parameters", "ours", high=2**32 - 1)
 
     def __post_init__(self):
-        if isinstance(self.widths, list):  # as JSON has it
-            object.__setattr__(self, "widths", tuple(self.widths))
         for field in dataclasses.fields(self):
-            name, value, kind, info = field.name, getattr(self, field.name), type(field.default), field.metadata
-            number = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
-            for good, want in [
-                (kind is not bool or isinstance(value, bool), "True or False"),
-                (kind not in (int, float) or number and info["low"] <= value <= info["high"],
-                 f"a {'whole ' if kind is int else ''}number from {info['low']} to {info['high']:g}"),
-                (not info["choices"] or value in info["choices"], f"one of {info['choices']}"),
-                (name != "widths" or isinstance(value, tuple) and value
-                 and all(isinstance(w, int) and w >= 1 and w % self.heads == 0 for w in value),
-                 f"positive multiples of the number of heads, {self.heads}"),
-                (name != "collective" or number and value < self.epochs, f"below epochs, {self.epochs}"),
-            ]:  # fmt: skip
-                if not good:
-                    raise ValueError(f"{name} must be {want}, got {value!r}")
-            if number:  # NumPy's become Python's
-                object.__setattr__(self, name, kind(value))
+            value, limits, kind = getattr(self, field.name), field.metadata, type(field.default)
+            if kind is bool:
+                valid, expected = isinstance(value, bool), "True or False"
+            elif kind is tuple:
+                valid = isinstance(value, tuple) and value and all(isinstance(n, Integral) and n >= 1 for n in value)
+                expected = "a tuple of positive integers"
+            elif limits["choices"]:
+                valid = isinstance(value, kind) and value in limits["choices"]
+                expected = f"one of {limits['choices']}"
+            else:
+                valid = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+                valid = valid and limits["low"] <= value <= limits["high"]
+                expected = f"{'an integer' if kind is int else 'a number'} from {limits['low']} to {limits['high']:g}"
+            if not valid:
+                raise ValueError(f"{field.name} must be {expected}, got {value!r}")
+        if any(width % self.heads for width in self.widths):
+            raise ValueError(f"widths must be multiples of heads, {self.heads}, got {self.widths}")
+        if self.shared_epochs >= self.epochs:
+            raise ValueError(f"shared_epochs must be below epochs, {self.epochs}, got {self.shared_epochs}")
 
 
-# What the paper does, as far as it says, with the solver of the authors' code. Place, window and field of view stay, as
-# the paper's own figures are of images cropped to the object, and so do heads and the scale of X, which it leaves open.
+# The paper, as far as it states a value, with the solver of the authors' code. What the paper leaves open stays: the
+# object's location, the field of view, the heads and the scale of X. Its figures are of images cropped to the object.
 PRESETS = {
-    "paper": {"colour": 0.0, "residual": False, "settled": 0.0, "balance": 1.0, "prior": 0.0, "evidence": 0.0, "smoothness": 256.0,
-              "contour": 0.0}
+    "paper": {"colour": 0.0, "residual": False, "early_stop": 0.0, "collapse_weight": 1.0, "fade_radii": 0.0,
+              "similarity_weight": 0.0, "mask_blur": 0.0}
 }  # fmt: skip
 
 
-# Images --------------------------------------------------------------------------------------------------------
+# ===============================================================================================================
+# The paper, section II, from the features of the patches to their clusters
+# ===============================================================================================================
+
+# Graph, eq. (1) ------------------------------------------------------------------------------------------------
 
 
-class ImageError(ValueError):
-    """An image that cannot be segmented; the message says why and what to do."""
+def build_graph(features, tau, weights=None):
+    """The graph of eq. (1): thresholded cosine similarities of the features.
+
+    features: (N,C). tau: similarities up to it become 0.
+    weights: (N,), optional and ours, the importance of each node in [0,1]; A_ij is multiplied by w_i w_j. A node of
+        weight 0 has no edges.
+    Returns the adjacency A, (N,N), symmetric, with self-loops.
+    """
+    f = F.normalize(features, dim=1)
+    adjacency = F.threshold_(f @ f.T, tau, 0.0)  # eq. (1): A = f f^T * (f f^T > tau), (N,N)
+    return adjacency if weights is None else adjacency.mul_(weights).mul_(weights[:, None])
 
 
-def reason(error):
-    """An exception in one line."""
-    return str(error).split("\n")[0] or type(error).__name__
+# Graph attention, eqs. (2) to (4) ------------------------------------------------------------------------------
+
+SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 
 
+def attention_weights(score_src, score_dst, adjacency):
+    """The attention weights alpha of eq. (2), for every head.
+
+    score_src, score_dst: (H,N), the two parts of a^T [W h_i || W h_j], which is score_src_i + score_dst_j.
+    adjacency: (N,N); its positive entries are the edges. Their weights play no part.
+    Returns (H,N,N); row i sums to 1 over the neighbours of node i, and is uniform for a node without neighbours.
+    """
+    e = F.leaky_relu(score_src[:, :, None] + score_dst[:, None], SLOPE)  # (H,N,N)
+    return e.masked_fill(adjacency <= 0, torch.finfo(e.dtype).min).softmax(dim=2)  # eq. (2)
+
+
+def attention(h, score_src, score_dst, adjacency):
+    """What each node gathers from its neighbours: the sum in eq. (3), for every head.
+
+    h: the paper's W h, (H,N,D). Other arguments as for `attention_weights`.
+    Returns (H,N,D); 0 for a node without neighbours.
+    """
+    connected = (adjacency > 0).any(dim=1)[:, None]  # (N,1)
+    return attention_weights(score_src, score_dst, adjacency) @ h * connected  # eq. (3), before the non-linearity
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """The same function as `attention`, in less memory and, on a CPU, in less time.
+
+    The rows of a softmax are independent. Blocks of rows that fit into the processor's cache are computed and dropped,
+    and computed again for the gradients from the logarithm of each row's denominator, so that no N x N tensor but the
+    graph is kept (Dao et al. 2022, FlashAttention).
+    """
+
+    NO_EDGE = -1e30  # score of a pair without an edge
+
+    @staticmethod
+    def score_blocks(score_src, score_dst, adjacency):
+        """Yield slices of rows, each with its scores e of eq. (2), (H,rows,N)."""
+        rows = 64 if adjacency.device.type == "cpu" else 2048
+        for start in range(0, len(adjacency), rows):
+            block = slice(start, start + rows)
+            e = F.leaky_relu_(score_src[:, block, None] + score_dst[:, None], SLOPE)
+            yield block, e.masked_fill_(adjacency[block] <= 0, BlockwiseAttention.NO_EDGE)
+
+    @staticmethod
+    def exp_(x):
+        """exp(x) in place, and 0 below e^-60: products of smaller numbers are denormal, which is slow on a CPU."""
+        return F.threshold_(x, -60.0, -math.inf).exp_()
+
+    @staticmethod
+    def forward(ctx, h, score_src, score_dst, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
+        out, log_total = torch.empty_like(h), torch.empty_like(score_src)
+        for block, e in BlockwiseAttention.score_blocks(score_src, score_dst, adjacency):
+            largest = e.amax(dim=2, keepdim=True)
+            weight = BlockwiseAttention.exp_(e.sub_(largest))
+            total = weight.sum(dim=2, keepdim=True)  # the denominator of eq. (2), divided by exp(largest)
+            connected = largest > BlockwiseAttention.NO_EDGE
+            out[:, block] = weight @ h / total * connected
+            log_total[:, block] = torch.where(connected, largest + total.log(), math.inf)[..., 0]
+        ctx.save_for_backward(h, score_src, score_dst, adjacency, out, log_total)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # (H,N,D)
+        h, score_src, score_dst, adjacency, out, log_total = ctx.saved_tensors
+        # dL/de_ij = alpha_ij (grad_i . h_j - grad_i . out_i). One more column on either side carries the second term.
+        grad_aug = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
+        h_aug = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
+        d_h, d_src, d_dst = torch.zeros_like(h), torch.empty_like(score_src), torch.zeros_like(score_dst)
+        for block, e in BlockwiseAttention.score_blocks(score_src, score_dst, adjacency):
+            alpha = BlockwiseAttention.exp_(e - log_total[:, block, None])  # eq. (2)
+            d_h.baddbmm_(alpha.mT, grad[:, block])
+            d_e = (grad_aug[:, block] @ h_aug).mul_(alpha)
+            d_e = torch.ops.aten.leaky_relu_backward(d_e, e, SLOPE, True)  # True: e is the output of LeakyReLU
+            d_src[:, block] = d_e.sum(2)
+            d_dst += d_e.sum(1)
+        return d_h, d_src, d_dst, None
+
+
+PLAIN_BYTES = 2**28  # on CUDA the plain attention runs while an H x N x N tensor is at most so large, else blocks
+
+
+class GraphAttention(nn.Module):
+    """A multi-head graph attention layer, heads concatenated: eqs. (2) to (4), without the non-linearity.
+
+    The vector a of eq. (2) is [a_src || a_dst]: a_src for the node that attends, a_dst for its neighbour.
+    residual: add the node's own W x (ours). Attention ignores edge weights, so in a nearly complete graph all nodes
+    gather the same average; the residual keeps them distinct.
+    """
+
+    def __init__(self, in_features, out_features, heads, residual=True):
+        super().__init__()
+        self.heads, self.residual = heads, residual
+        self.attend = None  # `attention` or `BlockwiseAttention.apply`; None: the faster one
+        self.W = nn.Linear(in_features, out_features, bias=False)  # W^z of all heads z, stacked
+        self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
+        self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
+        for parameter in self.parameters():
+            nn.init.xavier_uniform_(parameter)  # Velickovic et al. 2018
+
+    def project(self, x):
+        """x (N,in) -> W h (H,N,D) and the two parts of its scores, (H,N) each."""
+        h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,D)
+        return h, torch.einsum("hnd,hd->hn", h, self.a_src), torch.einsum("hnd,hd->hn", h, self.a_dst)
+
+    def forward(self, x, adjacency):
+        """x (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
+        h, score_src, score_dst = self.project(x)
+        plain = x.is_cuda and self.heads * adjacency.numel() * x.element_size() <= PLAIN_BYTES
+        attend = self.attend or (attention if plain else BlockwiseAttention.apply)
+        gathered = attend(h, score_src, score_dst, adjacency)  # eqs. (2), (3): (H,N,D)
+        if self.residual:
+            gathered = gathered + h
+        return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
+
+
+# Network, eq. (5) ----------------------------------------------------------------------------------------------
+
+
+class UnSegMedGAT(nn.Module):
+    """R parallel series of graph attention layers, a linear layer after each, summed into K soft clusters: eq. (5)."""
+
+    def __init__(self, in_features, config=Config()):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]()
+        self.series = nn.ModuleList(
+            nn.ModuleList(
+                GraphAttention(in_features if layer == 0 else width, width, config.heads, config.residual)
+                for layer in range(config.layers)
+            )
+            for width in config.widths
+        )
+        self.fc_branch = nn.ModuleList(nn.Linear(width, config.fc_dim) for width in config.widths)
+        self.fc_out = nn.Linear(config.fc_dim, config.clusters)
+
+    def forward(self, features, adjacency):
+        """Node features X (N,C), adjacency (N,N) -> assignment C (N,K), rows summing to 1.
+
+        The paper's normalised adjacency gives the same result, as the layers only use which edges there are.
+        """
+        total = 0
+        for layers, fc in zip(self.series, self.fc_branch):
+            x = features
+            for layer in layers:
+                x = self.activation(layer(x, adjacency))  # eq. (3): (N,m_r)
+            total = total + fc(x)  # H^(r) of eq. (5): (N,M)
+        return self.fc_out(total).softmax(dim=1)  # C of eq. (5): (N,K)
+
+
+# Loss, eqs. (6) to (8) -----------------------------------------------------------------------------------------
+
+
+def modularity_loss(assignment, adjacency, resolution=1.0, collapse_weight=1.0):
+    """The loss of eq. (8), at resolution = collapse_weight = 1.
+
+    assignment: C (N,K). adjacency: A (N,N), symmetric. resolution: g, weight of the null model (Reichardt and Bornholdt
+    2006). collapse_weight: weight of the second term.
+    Returns a scalar tensor. The modularity of eq. (6) is computed as in eq. (7), but the N x N matrix
+    B = A - g d d^T / 2m is never formed: Tr(C^T B C) / 2m = Tr(C^T A C) / 2m - g |C^T d|^2 / (2m)^2, where d are the
+    degrees, and 2m = sum(A) is the paper's 2|E| for weighted edges.
+    """
+    n, k = assignment.shape
+    degree = adjacency.sum(1)  # d: (N,)
+    two_m = degree.sum().clamp(min=torch.finfo(degree.dtype).tiny)  # 0 only for a graph without edges
+    within = (assignment * (adjacency @ assignment)).sum() / two_m  # Tr(C^T A C) / 2m
+    expected = ((degree @ assignment) / two_m).square().sum()  # |C^T d|^2 / (2m)^2
+    collapse = math.sqrt(k) / n * assignment.sum(0).norm() - 1
+    return -(within - resolution * expected) + collapse_weight * collapse  # eqs. (7), (8)
+
+
+# Optimisation of one image -------------------------------------------------------------------------------------
+
+NODE_RMS_NORM = 4  # root mean square of the norms of the node features X
+MIN_MODULARITY = 1e-4  # a graph whose clusters have less has no communities: colours then differ by 5 grey levels or less
+LOCK = threading.Lock()  # for torch's random state, which all threads share, and for CUDA graph capture
+
+
+def centre_and_scale(features, adjacency):
+    """The node features X (N,C) of eq. (5) from f (N,C): their mean is subtracted, and their norms are about 4.
+
+    The paper leaves the scale open. A common part longer than the differences, as DINO's keys have, saturates the
+    softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
+    """
+    share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
+    x = features - share @ features
+    return x * (NODE_RMS_NORM / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
+
+
+def seeded_model(build, config, device, lr=None):
+    """The module that build() returns, with seeded initial parameters, and its AdamW optimiser."""
+    with LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(config.seed))
+        model = build().to(device)
+    adamw_kwargs = {"lr": lr or config.lr, "weight_decay": config.weight_decay}
+    on_cuda = torch.device(device).type == "cuda"
+    return model, torch.optim.AdamW(model.parameters(), fused=True, capturable=on_cuda, **adamw_kwargs)
+
+
+def train_step(optimizer, compute_loss):
+    """One step of the optimiser; returns the loss before it, a scalar tensor."""
+    loss = compute_loss()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def has_converged(losses, config):
+    """Whether the last 3 epochs brought less than config.early_stop of the improvement over a uniform assignment."""
+    uniform_loss = (config.resolution - 1) / config.clusters
+    improvement = uniform_loss - losses[-1]
+    if not config.early_stop or len(losses) < 4 or improvement <= MIN_MODULARITY:  # at first the loss is level
+        return False
+    return losses[-4] - losses[-1] < config.early_stop * improvement
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `fit` returns."""
+
+    assignment: torch.Tensor  # C (N,K), rows summing to 1; 1/K everywhere where there are no communities
+    losses: list  # the loss before every step
+    modularity: float  # Q of the most likely clusters, eq. (6)
+    network: UnSegMedGAT  # with its final parameters
+
+    @property
+    def has_communities(self):
+        """Whether the clusters have a modularity that is more than noise."""
+        return self.modularity >= MIN_MODULARITY
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fit(features, adjacency, config=Config(), shared=None):
+    """Optimise the network on one image alone.
+
+    features: f (N,C). adjacency: (N,N). shared: initial parameters from `fit_collective`; config.shared_epochs of the
+    epochs are then done already.
+    Returns a Fit.
+    """
+    x, device = centre_and_scale(features, adjacency), adjacency.device
+    network, optimizer = seeded_model(lambda: UnSegMedGAT(x.shape[1], config), config, device)
+    if shared is not None:
+        network.load_state_dict(shared)
+
+    def compute_loss():
+        return modularity_loss(network(x, adjacency), adjacency, config.resolution, config.collapse_weight)
+
+    losses, epoch_step = [], functools.partial(train_step, optimizer, compute_loss)
+    for epoch in range(config.epochs - (config.shared_epochs if shared is not None else 0)):
+        if epoch == 3 and device.type == "cuda":  # the first steps set up what may not be captured
+            epoch_step = capture_cuda_graph(epoch_step, device)
+        losses.append(epoch_step().item())
+        if has_converged(losses, config):
+            break
+    with torch.no_grad():
+        assignment = network(x, adjacency)
+        clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
+        modularity = -modularity_loss(clusters, adjacency, collapse_weight=0).item()  # Q, eq. (6)
+    result = Fit(assignment, losses, modularity, network)
+    uniform = torch.full_like(assignment, 1 / config.clusters)
+    return result if result.has_communities else dataclasses.replace(result, assignment=uniform)
+
+
+# UnSegMedGATc: the collective phase ----------------------------------------------------------------------------
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
+    """The first phase of UnSegMedGATc: config.shared_epochs passes over all images, one step for each, with parameters
+    that all images share.
+
+    node_sets: a list of pairs, the features f (N,C) and the node weights (N,) of an image; N may differ. The graph of
+    an image is built at its turn, so that only one is in memory. quiet: show no progress bar.
+    Returns the state_dict that `fit` takes as `shared`, on the CPU; None for an empty list.
+    """
+    if not node_sets:
+        return None
+    in_features = node_sets[0][0].shape[1]
+    network, optimizer = seeded_model(lambda: UnSegMedGAT(in_features, config), config, device)
+    with torch.hub.tqdm(total=config.shared_epochs * len(node_sets), desc="shared", disable=quiet) as bar:
+        for features, weights in node_sets * config.shared_epochs:
+            features = features.to(device)
+            adjacency = build_graph(features, config.tau, weights.to(device))
+            x = centre_and_scale(features, adjacency)
+            train_step(optimizer, lambda: modularity_loss(
+                network(x, adjacency), adjacency, config.resolution, config.collapse_weight))  # noqa: B023  # fmt: skip
+            bar.update(1)
+    return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+
+
+# ===============================================================================================================
+# The paper ends here. What follows gets it from a photograph to a mask
+# ===============================================================================================================
+
+# CUDA graphs ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def capture_stream(device):
+    """The stream on which CUDA graphs are captured, one for each device: torch keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def capture_cuda_graph(function, device):
+    """A function that replays the kernels of function(), which takes longer to launch than to run (340 in an epoch).
+
+    Call function() a few times before, as its first calls set up what may not be captured. Capturing runs nothing.
+    """
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)  # a thread begins on the first GPU
+    capture = torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local")
+    with LOCK, torch.cuda.stream(current), capture:
+        result = function()  # each replay writes its result into this tensor
+    return lambda: (graph.replay(), result)[1]
+
+
+# The caller's torch --------------------------------------------------------------------------------------------
+
+
+caller_torch = {"threads": 0, "dtype": None}  # how many threads are inside `standard_torch`, and the dtype before
+
+
+@contextlib.contextmanager
+def standard_torch():
+    """torch as this file needs it, whatever its caller has set: no inference mode, no autocast, float32, the CPU.
+
+    The default dtype belongs to the process, so threads that are inside at once share the change: the first one sets
+    float32, the last one restores what was there.
+    """
+    with LOCK:
+        if not caller_torch["threads"]:
+            caller_torch["dtype"] = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+        caller_torch["threads"] += 1
+    try:
+        with (torch.inference_mode(False), torch.device("cpu"), torch.autocast("cpu", enabled=False),
+              torch.autocast("cuda", enabled=False)):  # fmt: skip
+            yield
+    finally:
+        with LOCK:
+            caller_torch["threads"] -= 1
+            if not caller_torch["threads"]:
+                torch.set_default_dtype(caller_torch["dtype"])
+
+
+# Reading images ------------------------------------------------------------------------------------------------
+
+MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a decompression bomb, or a whole slide
+MAX_NODES = 50_000  # larger graphs are refused: the adjacency alone would take over 10 GB
 # How pixels are turned for each value of EXIF's orientation tag
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
          8: "ROTATE_90"}  # fmt: skip
 
 
-def turn_upright(image):
-    """A PIL image turned by its EXIF orientation; as it is where it has none, or one that cannot be read.
+class ImageError(ValueError):
+    """An image that cannot be segmented; the message says why, and what to do."""
 
-    `ImageOps.exif_transpose` also writes the other EXIF tags anew, and fails where one of them is broken.
+
+def one_line(error):
+    """The message of an exception in one line."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def turn_upright(image):
+    """A PIL image turned by its EXIF orientation, or unchanged where there is none that can be read.
+
+    `ImageOps.exif_transpose` also rewrites the other EXIF tags, and fails where one of them is broken.
     """
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # of many kinds: bytes that are no EXIF
+    except Exception:  # of many kinds, for bytes that are not EXIF
         return image
     return image.transpose(Image.Transpose[turn]) if turn else image
 
 
+def flatten_transparency(image, background):
+    """A PIL image without transparency, laid on a background colour: RGB where it had some, else unchanged."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image
+
+
 def why_unreadable(error):
-    """What to tell of an exception that Pillow raised on opening or decoding a file."""
+    """What to tell the user about an exception that Pillow raised while opening or decoding a file."""
     if isinstance(error, UnidentifiedImageError):
         return ("it is damaged, or its format is not one that Pillow reads here (DICOM, NIfTI and HEIC are not): "
                 "convert it to PNG")  # fmt: skip
-    if isinstance(error, OSError) and error.strerror:  # the operating system's
+    if isinstance(error, OSError) and error.strerror:  # the operating system's reason
         return error.strerror
-    return f"it cannot be decoded ({reason(error)}): is it damaged or incomplete?"
+    return f"it cannot be decoded ({one_line(error)}): is it damaged or incomplete?"
 
 
 def load_image(source):
-    """Read any still image as RGB: uint8 (H,W,3), turned upright by its EXIF orientation.
+    """Read any still image as RGB: uint8 (height,width,3), turned upright by its EXIF orientation.
 
-    source: a path, a PIL image, or an array (H,W) or (H,W,3) of uint8. Grey of more than 8 bits is scaled by
-    the image's own range, transparency is laid on white. Raises ImageError for whatever is not one still image.
+    source: a path, a PIL image, or a uint8 array (height,width) or (height,width,3). Grey images of more than 8 bits
+    are scaled by their own range. Transparency is laid on white.
+    Raises ImageError for anything that is not one still image.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
-            raise ImageError(f"an array must be uint8 of shape (H,W) or (H,W,3), got {source.dtype} {source.shape}")
+            shapes = "(height,width) or (height,width,3)"
+            raise ImageError(f"an array must be uint8 of shape {shapes}, got {source.dtype} {source.shape}")
         source = Image.fromarray(source)
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -198,10 +596,7 @@ def load_image(source):
             grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
             grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-12))
             image = Image.fromarray(np.rint(grey).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        rgb = np.array(image.convert("RGB"))
+        rgb = np.array(flatten_transparency(image, "white").convert("RGB"))
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -216,14 +611,14 @@ def load_image(source):
 
 
 def patch_grid(sides, stride):
-    """How many patches there are along the sides of an image, px: (h,w)."""
+    """The number of patches along the sides of an image, px: (h,w)."""
     return tuple((side - PATCH) // stride + 1 for side in sides)
 
 
 def resize_image(rgb, size, stride=PATCH):
-    """Scale (H,W,3) uint8 so that the shorter side is `size` px, both rounded to multiples of 8: (3,s,t) in [0,1].
+    """Resize (height,width,3) uint8 to a shorter side of `size` px: (3,s,t) in [0,1], s and t multiples of 8.
 
-    Raises ImageError where its patches, so many px apart, would make too large a graph.
+    Raises ImageError where its patches, `stride` px apart, would make too large a graph.
     """
     height, width = rgb.shape[:2]
     scale = size / min(height, width)
@@ -237,16 +632,156 @@ def resize_image(rgb, size, stride=PATCH):
 
 
 def upsample(values, stride):
-    """Spread patch values (h,w,K) bilinearly over the resized image that the patches were cut from: (s,t,K)."""
+    """Interpolate patch values (h,w,K) over the resized image that the patches were cut from: (s,t,K)."""
     maps = F.interpolate(values.permute(2, 0, 1)[None], scale_factor=stride, mode="bilinear")  # around patch centres
     return F.pad(maps, [(PATCH - stride) // 2] * 4, mode="replicate")[0].permute(1, 2, 0)
+
+
+# What is segmented: the photograph, or the surroundings of a box -----------------------------------------------
+
+BOX_MARGIN = 20  # px around the user's box that serve as known background, at least; the margin of the authors' code
+
+
+@dataclass(frozen=True)
+class View:
+    """The photograph, or the surroundings of the user's box in it, resized: all that a backbone sees."""
+
+    image: torch.Tensor  # (3,s,t) in [0,1]
+    stride: int  # px between patches
+    box: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: the part that the image shows
+    field_of_view: torch.Tensor  # (s/8,t/8), 1 for the cells of 8 px that can be object, else 0
+    search_area: tuple  # (y0, x0, y1, x1) px of the image, where the object is: the user's box, or the whole image
+    ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes: the object's rough location
+    prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for the image alone
+
+    @property
+    def grid(self):
+        """The number of patches: (h,w)."""
+        return patch_grid(self.image.shape[1:], self.stride)
+
+    def centres(self):
+        """The centres of the patches, px of the image: (h,1) and (1,w)."""
+        y, x = (torch.arange(n) * self.stride + PATCH / 2 for n in self.grid)
+        return y[:, None], x[None]
+
+    def valid_patches(self):
+        """1 for the patches whose centre lies in the field of view, else 0: (h,w)."""
+        y, x = ((centres // PATCH).long().flatten() for centres in self.centres())
+        return self.field_of_view[y][:, x]
+
+    def distance_in_radii(self):
+        """The distance of each patch from the centre of the ellipse, (h,w): 1 on the ellipse."""
+        (y, x), (cy, cx, ry, rx) = self.centres(), self.ellipse
+        return torch.hypot((y - cy) / ry, (x - cx) / rx)
+
+    def inside_ellipse(self):
+        """1 for the patches whose centre lies inside the ellipse, at least the nearest one, else 0: (h,w)."""
+        distance = self.distance_in_radii()
+        return (distance <= distance.min().clamp(min=1)).float()
+
+
+def cell_centres(n):
+    """The centres of n cells that divide [-1,1]: (n,)."""
+    return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
+
+
+def rgb_to_lab(image):
+    """sRGB (3,s,t) in [0,1] to CIE Lab (3,s,t), L in [0,100], white point D65 (IEC 61966-2-1, CIE 15)."""
+    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
+    to_xyz = image.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = torch.einsum("dc,chw->dhw", to_xyz / to_xyz.sum(1, keepdim=True), linear)  # relative to white
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def border_components(cells, min_distance, max_share):
+    """The connected components of cells (h,w) bool that touch the image's border, as a mask (h,w) bool.
+
+    min_distance: only those whose mean distance from the middle is larger; 1 is the border. max_share: only those that
+    cover a smaller share of the image.
+    """
+    h, w = cells.shape
+    distance = torch.maximum(cell_centres(h)[:, None].abs(), cell_centres(w).abs()).numpy()
+    labels, _ = ndimage.label(cells)
+    touching = set(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])) - {0}
+    kept = [n for n in touching
+            if distance[labels == n].mean() > min_distance and (labels == n).mean() < max_share]  # fmt: skip
+    return np.isin(labels, kept)
+
+
+def find_field_of_view(image):
+    """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
+
+    Excluded are the dark frame of an endoscope or dermatoscope; components of another hue that touch the border, stay
+    near it and are not large, as stickers and rulers are; and violet ink anywhere, since tissue that is redder than its
+    surroundings is also yellower: melanin and blood both absorb blue.
+    """
+    brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
+    h, w = brightness.shape
+    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0, 0.5)
+    a, b = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH // 2).numpy()  # half a cell, as pen strokes are thin
+    light = np.kron(~dark, np.ones((2, 2), bool))
+    a, b = a - np.median(a[light]), b - np.median(b[light])
+    other_hue, ink = (mask.reshape(h, 2, w, 2).any((1, 3)) for mask in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))
+    return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6, 0.35) | ink)).float()
+
+
+def check_prompt(box, point, height, width):
+    """A box and a point as tuples of numbers, or None.
+
+    Raises ValueError where both are given, or one is not of numbers inside the image.
+    """
+    if box is not None and point is not None:
+        raise ValueError("a box and a point are given: give one of them")
+
+    def inside(x, y):
+        return 0 <= x < width and 0 <= y < height
+
+    def as_numbers(prompt, count, expected):
+        values = ()
+        with contextlib.suppress(TypeError, ValueError):  # a ragged list is no array
+            array = np.asarray(prompt)
+            if array.shape == (count,) and array.dtype.kind in "iuf":
+                values = tuple(array.tolist())
+        if not values or not inside(*values[:2]) or (
+            count == 4 and not (values[0] < values[2] <= width and values[1] < values[3] <= height)
+        ):
+            given = " ".join(str(prompt).split())[:100]
+            raise ValueError(f"the {expected} inside the image, {width} x {height}; got {given}")
+        return values
+
+    return (None if box is None else as_numbers(box, 4, "box must be four numbers x0 < x1, y0 < y1"),
+            None if point is None else as_numbers(point, 2, "point must be two numbers"))  # fmt: skip
+
+
+def view_photograph(rgb, config, box=None):
+    """The View of a photograph (height,width,3) uint8, or of the surroundings of a box (x0, y0, x1, y1) in it."""
+    height, width = rgb.shape[:2]
+    if not box:
+        image = resize_image(rgb, config.size, config.stride)
+        return View(image, config.stride, (0, 0, height, width), find_field_of_view(image), (0, 0, *image.shape[1:]))
+    x0, y0, x1, y1 = box
+    centre, half = ((y0 + y1) / 2, (x0 + x1) / 2), ((y1 - y0) / 2, (x1 - x0) / 2)
+    reach = [max(side + BOX_MARGIN, 1.6 * side, max(half) / 2) for side in half]  # a narrow strip has too many patches
+    top, left = (max(0, round(at - by)) for at, by in zip(centre, reach))
+    bottom, right = (min(end, round(at + by)) for end, at, by in zip((height, width), centre, reach))
+    image = resize_image(rgb[top:bottom, left:right], config.size, config.stride)
+    _, s, t = image.shape
+
+    field_of_view = find_field_of_view(resize_image(rgb, config.size))  # of the whole photograph, then of these cells
+    rows = np.linspace(top, bottom, 2 * (s // PATCH) + 1)[1::2] * len(field_of_view) / height
+    columns = np.linspace(left, right, 2 * (t // PATCH) + 1)[1::2] * field_of_view.shape[1] / width
+    field_of_view = field_of_view[rows.astype(int)][:, columns.astype(int)]
+    sy, sx = s / (bottom - top), t / (right - left)
+    search_area = (y0 - top) * sy, (x0 - left) * sx, (y1 - top) * sy, (x1 - left) * sx
+    return View(image, config.stride, (top, left, bottom, right), field_of_view, search_area)
 
 
 # Features: the keys of DINO's last block -----------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """A transformer block with multi-head self-attention, its parameters named as DINO names them."""
+    """A transformer block with multi-head self-attention, its parameters named as in DINO's file."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -257,18 +792,18 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def qkv(self, x):
-        """Queries, keys and values of T tokens, before the split into heads: (B,T,C) -> (B,T,3C)."""
+        """Queries, keys and values of T tokens, before they are split into heads: (B,T,C) -> (B,T,3C)."""
         return self.attn["qkv"](self.norm1(x))
 
     def forward(self, x):  # (B,T,C)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B,H,T,C/H)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,C/H), with no T x T matrix in memory
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B,H,T,D) each
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,D)
         x = x + self.attn["proj"](attended.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
-    """DINO's ViT-S/8 (Caron et al. 2021), parameters named and shaped as in the published file."""
+    """DINO's ViT-S/8 (Caron et al. 2021), its parameters named and shaped as in the published file."""
 
     def __init__(self, dim=384, depth=12, heads=6, grid=28):
         super().__init__()
@@ -279,9 +814,9 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)  # not needed for keys, but part of the published file
 
     def keys(self, images, stride=PATCH):
-        """Keys of the last block (section II), before the split into heads: (B,N,C), row-major over the patch grid.
+        """The keys of the last block (section II), before they are split into heads: (B,N,C), row-major.
 
-        images: (B,3,H,W), normalised as for ImageNet, sides multiples of the patch. stride: px between patches.
+        images: (B,3,s,t), normalised as for ImageNet, s and t multiples of the patch. stride: px between patches.
         Raises ValueError for other sides.
         """
         proj = self.patch_embed["proj"]
@@ -290,7 +825,8 @@ class VisionTransformer(nn.Module):
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
-        position = F.interpolate(position.cpu(), size=x.shape[2:], mode="bicubic", align_corners=False)  # MPS has none
+        # On the CPU, as MPS has no bicubic interpolation
+        position = F.interpolate(position.cpu(), size=x.shape[2:], mode="bicubic", align_corners=False)  # (1,C,h,w)
         x = (x + position.to(x.device)).flatten(2).transpose(1, 2)  # (B,N,C)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B,1+N,C)
@@ -300,481 +836,54 @@ class VisionTransformer(nn.Module):
         return keys[:, 1:]  # (B,N,C), without the class token
 
 
-# Graph, eq. (1) ------------------------------------------------------------------------------------------------
-
-
-def build_graph(features, tau, weights=None):
-    """Adjacency A (N,N) of the thresholded cosine similarities of features (N,C); symmetric, 0 or above tau, A_ii = 1.
-
-    weights (N,), optional: how much each node matters; A_ij is then multiplied by w_i w_j, and may be below tau. A node
-    of weight 0 has no edges.
-    """
-    f = F.normalize(features, dim=1)
-    adjacency = F.threshold_(f @ f.T, tau, 0.0)  # eq. (1): f f^T * (f f^T > tau)
-    return adjacency if weights is None else adjacency.mul_(weights).mul_(weights[:, None])
-
-
-# Graph attention, eqs. (2) to (4) ------------------------------------------------------------------------------
-
-SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
-
-
-def attention(h, score_src, score_dst, adjacency):
-    """What the nodes gather, for every head: eqs. (2) and (3), as the paper writes them, less the activation.
-
-    h: the paper's W h, (H,N,D). score_src, score_dst (H,N): the two halves of a^T [W h_i || W h_j], which is
-    score_src_i + score_dst_j. adjacency (N,N): positive entries are the edges; their weights play no part.
-    Returns (H,N,D); 0 for a node without neighbours.
-    """
-    edges = adjacency > 0
-    e = F.leaky_relu(score_src[:, :, None] + score_dst[:, None], SLOPE)  # (H,N,N)
-    alpha = e.masked_fill(~edges, torch.finfo(e.dtype).min).softmax(dim=2)  # eq. (2)
-    return alpha @ h * edges.any(1)[:, None]  # the sum of eq. (3)
-
-
-class BlockwiseAttention(torch.autograd.Function):
-    """The same as `attention`, in less memory and time.
-
-    Rows of a softmax are independent, so blocks of rows that stay in the processor's cache are computed and dropped,
-    and computed again for the gradients from the logarithm of each row's denominator: nothing N x N is kept but the
-    graph (the idea of FlashAttention, Dao et al. 2022).
-    """
-
-    @staticmethod
-    def blocks(score_src, score_dst, adjacency):
-        """Slices of rows, each with its e_ij of eq. (2), a large negative number where there is no edge: (H,rows,N)."""
-        rows = 64 if adjacency.device.type == "cpu" else 2048
-        for start in range(0, len(adjacency), rows):
-            block = slice(start, start + rows)
-            e = F.leaky_relu_(score_src[:, block, None] + score_dst[:, None], SLOPE)
-            yield block, e.masked_fill_(adjacency[block] <= 0, -1e30)
-
-    @staticmethod
-    def forward(ctx, h, score_src, score_dst, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
-        out, log_total = torch.empty_like(h), torch.empty_like(score_src)
-        for block, e in BlockwiseAttention.blocks(score_src, score_dst, adjacency):
-            largest = e.amax(2, keepdim=True)
-            weight = exp_or_zero(e.sub_(largest))
-            total = weight.sum(2, keepdim=True)  # the denominator of eq. (2), over exp(largest)
-            connected = largest > -1e30  # a node without neighbours gathers nothing
-            out[:, block] = weight @ h / total * connected
-            log_total[:, block] = torch.where(connected, largest + total.log(), math.inf)[..., 0]
-        ctx.save_for_backward(h, score_src, score_dst, adjacency, out, log_total)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # (H,N,D)
-        h, score_src, score_dst, adjacency, out, log_total = ctx.saved_tensors
-        # dL/de_ij = alpha_ij (grad_i . h_j - grad_i . out_i), in one product: a column more on either side carries
-        # the second term.
-        grad_aug = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
-        h_aug = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
-        dh, d_src, d_dst = torch.zeros_like(h), torch.empty_like(score_src), torch.zeros_like(score_dst)
-        for block, e in BlockwiseAttention.blocks(score_src, score_dst, adjacency):
-            alpha = exp_or_zero(e - log_total[:, block, None])  # eq. (2)
-            dh.baddbmm_(alpha.mT, grad[:, block])
-            de = (grad_aug[:, block] @ h_aug).mul_(alpha)
-            de = torch.ops.aten.leaky_relu_backward(de, e, SLOPE, True)  # True: e is the function's value
-            d_src[:, block] = de.sum(2)
-            d_dst += de.sum(1)
-        return dh, d_src, d_dst, None
-
-
-def exp_or_zero(x):
-    """exp(x) in place, and 0 below e^-60, where products would be denormal numbers, on which a CPU is slow."""
-    return F.threshold_(x, -60.0, -math.inf).exp_()
-
-
-class GraphAttention(nn.Module):
-    """One multi-head graph attention layer, heads concatenated: eqs. (2) to (4), less the activation.
-
-    The paper's vector a of eq. (2) is [a_src || a_dst]: a_src scores the node that attends, a_dst its neighbour.
-    residual: add the node's own W x, ours. The softmax knows of an edge only whether it is there, so where nearly all
-    are, all nodes gather the same, and nothing would be left that tells them apart.
-    """
-
-    def __init__(self, in_features, out_features, heads, residual=True):
-        super().__init__()
-        self.heads, self.residual = heads, residual
-        self.W = nn.Linear(in_features, out_features, bias=False)  # the heads' W^z of eq. (4), one below the other
-        self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
-        self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
-        for parameter in self.parameters():
-            nn.init.xavier_uniform_(parameter)  # Velickovic et al. 2018
-
-    def forward(self, x, adjacency):
-        """x (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
-        h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,out/H)
-        s = torch.einsum("hnd,hd->hn", h, self.a_src)  # s_i + t_j is a^T [W x_i || W x_j] of eq. (2): (H,N) each
-        t = torch.einsum("hnd,hd->hn", h, self.a_dst)
-        gathered = BlockwiseAttention.apply(h, s, t, adjacency)  # the sum of eq. (3): (H,N,out/H)
-        if self.residual:
-            gathered = gathered + h
-        return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
-
-
-# Network, eq. (5) ----------------------------------------------------------------------------------------------
-
-
-class UnSegMedGAT(nn.Module):
-    """R parallel series of graph attention layers, summed after a linear layer each, to K soft clusters: eq. (5)."""
-
-    def __init__(self, in_features, config=Config()):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]()
-        self.series = nn.ModuleList(
-            nn.ModuleList(
-                GraphAttention(in_features if layer == 0 else width, width, config.heads, config.residual)
-                for layer in range(config.layers)
-            )
-            for width in config.widths
-        )
-        self.first = nn.ModuleList(nn.Linear(width, config.projection) for width in config.widths)
-        self.second = nn.Linear(config.projection, config.clusters)
-
-    def forward(self, features, adjacency):
-        """features X (N,C), adjacency (N,N) -> assignment (N,K), rows summing to 1.
-
-        For the paper's normalised adjacency this gives the same: of an edge the layers only see that it is there.
-        """
-        total = 0
-        for layers, first in zip(self.series, self.first):
-            x = features
-            for layer in layers:
-                x = self.activation(layer(x, adjacency))  # eq. (3): (N,m_r)
-            total = total + first(x)  # H^(r) of eq. (5): (N,M)
-        return self.second(total).softmax(dim=1)  # C of eq. (5): (N,K)
-
-
-LENGTH = 4  # root mean square of the rows' lengths of X
-
-
-def standardise(features, adjacency):
-    """The node features X (N,C) from f (N,C): less their mean, which tells no nodes apart, with rows of length about 4.
-
-    The paper leaves the scale open. A common part longer than the differences, as DINO's keys have one, saturates the
-    softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
-    """
-    share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
-    x = features - share @ features
-    return x * (LENGTH / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
-
-
-# Loss, eqs. (6) to (8), and the fit ----------------------------------------------------------------------------
-
-
-def modularity_loss(assignment, adjacency, resolution=1.0, balance=1.0):
-    """L = -Q_g + b (sqrt(K)/n |sum_i C_i| - 1), eq. (8) at g = b = 1; a scalar.
-
-    assignment C (N,K), adjacency A (N,N) symmetric. The modularity of eq. (6), here as eq. (7) with B = A - g d d^T/2m
-    never formed: Q_g = Tr(C^T A C)/2m - g |C^T d|^2/(2m)^2; 2m = sum(A), the paper's 2|E| of a weighted graph; d the
-    degrees; g the resolution of Reichardt and Bornholdt 2006.
-    """
-    n, k = assignment.shape
-    degree = adjacency.sum(1)  # d: (N,)
-    two_m = degree.sum().clamp(min=torch.finfo(degree.dtype).tiny)  # 0 only for a graph without edges
-    within = (assignment * (adjacency @ assignment)).sum() / two_m  # Tr(C^T A C) / 2m
-    expected = ((degree @ assignment) / two_m).square().sum()  # |C^T d|^2 / (2m)^2
-    collapse = math.sqrt(k) / n * assignment.sum(0).norm() - 1
-    return -(within - resolution * expected) + balance * collapse  # eqs. (7), (8)
-
-
-LOCK = threading.Lock()  # for torch's random state, which all threads share, and for recording
-
-
-def new_network(in_features, config, device):
-    """The seeded network and its optimiser."""
-    with LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        network = UnSegMedGAT(in_features, config).to(device)
-    how = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True, "capturable": device.type == "cuda"}
-    return network, torch.optim.AdamW(network.parameters(), **how)
-
-
-def step(network, optimizer, features, adjacency, config):
-    """One step of the optimiser on X (N,C) and its graph; returns the loss before it, a scalar tensor."""
-    loss = modularity_loss(network(features, adjacency), adjacency, config.resolution, config.balance)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-@functools.cache
-def recorder(device):
-    """The stream on which steps are recorded, one a device: torch keeps a workspace for each."""
-    return torch.cuda.Stream(device)
-
-
-def replayed(function, device):
-    """On CUDA, a function that does the same from a recording, as launching a step's 340 kernels outlasts running them.
-
-    Call it after a few plain calls, which set up what may not be recorded. Recording takes no step.
-    """
-    if device.type != "cuda":
-        return function
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)  # a thread begins on the first GPU
-    record = torch.cuda.graph(graph, stream=recorder(device), capture_error_mode="thread_local")
-    with LOCK, torch.cuda.stream(here), record:
-        result = function()  # the same tensor each time
-    return lambda: (graph.replay(), result)[1]
-
-
-COMMUNITIES = 1e-4  # modularity below which there are none: the built-in colours then differ by 5 grey levels or less
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def fit(features, adjacency, config=Config(), shared=None):
-    """Optimise the network for one image alone.
-
-    features f (N,C), adjacency (N,N). shared: parameters from `fit_collective` to start from; the config.collective
-    passes they have had are then taken off the epochs.
-    Returns the assignment (N,K), the loss before every step taken, and the modularity of the likeliest clusters.
-    Where that is below COMMUNITIES, the assignment is the uniform one.
-    """
-    x = standardise(features, adjacency)
-    network, optimizer = new_network(x.shape[1], config, x.device)
-    epochs = config.epochs
-    if shared is not None:
-        network.load_state_dict(shared)
-        epochs -= config.collective
-    losses, uniform = [], (config.resolution - 1) / config.clusters  # the loss of the uniform assignment
-    take = functools.partial(step, network, optimizer, x, adjacency, config)
-    for epoch in range(epochs):
-        if epoch == 3:
-            take = replayed(take, x.device)
-        losses.append(take().item())
-        gain = uniform - losses[-1]
-        begun = len(losses) > 3 and gain > COMMUNITIES  # around the uniform assignment the loss is level
-        if config.settled and begun and losses[-4] - losses[-1] < config.settled * gain:
-            break
-    with torch.no_grad():
-        assignment = network(x, adjacency)
-    labels = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-    modularity = -modularity_loss(labels, adjacency, balance=0).item()  # Q, eq. (6)
-    if modularity < COMMUNITIES:  # there are none, and of the uniform assignment no mask is made
-        assignment = torch.full_like(assignment, 1 / config.clusters)
-    return assignment, losses, modularity
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def fit_collective(images, config=Config(), device="cpu", quiet=True):
-    """The first phase of UnSegMedGATc: config.collective passes, one step an image, with shared parameters.
-
-    images: a list of pairs, f (N,C) and the weights (N,) of the nodes; N may differ. quiet: show no bar.
-    Each graph is built anew when its turn comes, so that only one is in memory.
-    Returns the state_dict that `fit` takes as `shared`, on the CPU; None where there is no image.
-    """
-    if not images:
-        return None
-    network, optimizer = new_network(images[0][0].shape[1], config, torch.device(device))
-    with torch.hub.tqdm(total=config.collective * len(images), desc="shared", disable=quiet) as bar:
-        for features, weights in images * config.collective:
-            features = features.to(device)
-            adjacency = build_graph(features, config.tau, weights.to(device))
-            step(network, optimizer, standardise(features, adjacency), adjacency, config)
-            bar.update(1)
-    return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-
-
-# The caller's torch -------------------------------------------------------------------------------------------
-
-DTYPE_LOCK, dtype_users, dtype_before = threading.Lock(), 0, None
-
-
-@contextlib.contextmanager
-def usual_torch():
-    """torch as this file needs it, whatever its caller has set: gradients, float32, no autocast, tensors on the CPU.
-
-    The default type is the process's, so threads that run at once share its change: the last one sets it back.
-    """
-    global dtype_users, dtype_before
-    with DTYPE_LOCK:
-        if not dtype_users:
-            dtype_before = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
-        dtype_users += 1
-    try:
-        with contextlib.ExitStack() as stack:
-            for setting in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"),
-                            torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)):  # fmt: skip
-                stack.enter_context(setting)
-            yield
-    finally:
-        with DTYPE_LOCK:
-            dtype_users -= 1
-            if not dtype_users:
-                torch.set_default_dtype(dtype_before)
-
-
-# Ours, not the paper's: what is looked at ------------------------------------------------------------------------
-
-
-def rgb_to_lab(image):
-    """sRGB (3,H,W) in [0,1] to CIE Lab (3,H,W), L in [0,100], white point D65 (IEC 61966-2-1, CIE 15)."""
-    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
-    to_xyz = image.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = torch.einsum("dc,chw->dhw", to_xyz / to_xyz.sum(1, keepdim=True), linear)  # relative to white
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-def middle(n):
-    """Centres of n cells that divide [-1,1]."""
-    return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
-
-
-def field_of_view(image):
-    """The 8 px cells (s/8,t/8) of an image (3,s,t) that can be object, 0 or 1.
-
-    Left out are the dark frame of an endoscope or dermatoscope; what has another hue, touches the border, stays near it
-    and is not large: stickers, rulers; and violet ink, anywhere, since tissue that is redder than its surround is
-    yellower too: melanin and blood both absorb blue.
-    """
-    bright = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
-    h, w = bright.shape
-    radius = torch.maximum(middle(h)[:, None].abs(), middle(w).abs()).numpy()
-
-    def touching(cells, depth, most):  # the pieces that touch the border, near it and not too large
-        pieces, _ = ndimage.label(cells)
-        border = set(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])) - {0}
-        small = [n for n in border if radius[pieces == n].mean() > depth and (pieces == n).mean() < most]
-        return np.isin(pieces, small)
-
-    dark = touching(bright < 0.275 * max(np.quantile(bright, 0.9), 0.3), 0, 0.5)
-    a, b = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH // 2).numpy()  # pen strokes are thinner than a cell
-    light = np.kron(~dark, np.ones((2, 2), bool))
-    a, b = a - np.median(a[light]), b - np.median(b[light])
-    coloured, ink = (x.reshape(h, 2, w, 2).any((1, 3)) for x in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))
-    return torch.from_numpy(~(dark | touching(coloured & ~dark, 0.6, 0.35) | ink)).float()
-
-
-@dataclass(frozen=True)
-class View:
-    """A photograph, or the surroundings of the user's box in it, resized to patches: all that a backbone sees."""
-
-    image: torch.Tensor  # (3,s,t) in [0,1]
-    stride: int  # px between patches
-    box: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: what the image shows
-    valid: torch.Tensor  # (s/8,t/8), the cells of 8 px that can be object, 0 or 1
-    area: tuple  # (y0, x0, y1, x1) px of the image, inside which the object is: the user's box, or all of the image
-    ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes of the object, roughly; None: not yet
-    prompt: str = ""  # what the ellipse rests on: "box", "point", or "" where it was located
-
-    @property
-    def grid(self):
-        """The number of its patches: (h,w)."""
-        return patch_grid(self.image.shape[1:], self.stride)
-
-    def centres(self):
-        """Centres of the patches: (h,1) and (1,w), in px of the image."""
-        y, x = (torch.arange(n) * self.stride + PATCH / 2 for n in self.grid)
-        return y[:, None], x[None]
-
-    def valid_patches(self):
-        """The patches (h,w), 0 or 1, whose centre can be object."""
-        y, x = ((centres // PATCH).long().flatten() for centres in self.centres())
-        return self.valid[y][:, x]
-
-    def distance_in_radii(self):
-        """Distances of the patches from the ellipse's centre in its radii, (h,w): 0 at its centre, 1 on the ellipse."""
-        (y, x), (cy, cx, ry, rx) = self.centres(), self.ellipse
-        return torch.hypot((y - cy) / ry, (x - cx) / rx)
-
-    def inside_ellipse(self):
-        """The patches (h,w), 0 or 1, that are mostly object: those inside the ellipse, at least one."""
-        distance = self.distance_in_radii()
-        return (distance <= distance.min().clamp(min=1)).float()
-
-
-# Ours: features without learned weights, and the choice of a backbone ------------------------------------------
-
-FLAT = 50  # grey levels, the length of a constant feature
-
-
-def colour_features(lab, background):
-    """Lab colours of patches (N,3) as features (N,4) of length 1; no learned weights.
-
-    Colours are deviations from the mean over the background, weights (N,). The constant fourth feature keeps patches of
-    nearly its colour alike, whatever the noise in them, and lets large deviations saturate: eq. (1) compares directions.
-    """
-    return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=FLAT), dim=1)
-
-
-def join_features(deep, colour, share):
-    """A backbone's features (N,C) beside the colour's (N,4), rows of length 1: (N,C+4).
-
-    Their cosine is (1 - share) cos(deep) + share cos(colour), so eq. (1) thresholds the weighted mean of both.
-    deep: None for the colour alone.
-    """
-    if deep is None or share == 1:
-        return colour
-    return deep if share == 0 else torch.cat([math.sqrt(1 - share) * deep, math.sqrt(share) * colour], dim=1)
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What turns a View of a photograph into patch features."""
-
-    name: str  # "dino" or "builtin", or whatever it is that you hand to `segment`
-    extract: Callable | None  # View -> (N,C), row-major over its grid, of any length; None: colour alone
-
-
-def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for one that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(str(device).partition(":")[0], False):
-        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-
-
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
 DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
-PATIENCE = 10  # s without an answer before a download is given up
+DOWNLOAD_TIMEOUT = 10  # s without an answer from the host
 
 
 def cached_dino():
-    """Where torch.hub keeps DINO's backbone file; it need not exist."""
+    """The path of DINO's backbone file in torch.hub's cache, where it need not exist."""
     return Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
 
 
 def download_dino(progress=True):
-    """Download DINO's backbone file to torch.hub's cache, and check its SHA-256.
+    """Download DINO's backbone file into torch.hub's cache and check its SHA-256.
 
-    Raises OSError when the download fails, has another digest, or the host is silent for 10 s.
+    Raises OSError when the download fails, the digest differs, or the host is silent for DOWNLOAD_TIMEOUT.
     """
     path = cached_dino()
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)  # torch.hub sets none
+    timeout_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
     try:
         torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
-    except Exception as error:  # of many kinds: no connection, a proxy's nonsense, another digest
-        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({reason(error)})") from None
+    except Exception as error:  # of many kinds: no connection, a proxy's answer that is not HTTP, another digest
+        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({one_line(error)})") from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout_before)
+
+
+def read_checkpoint(path):
+    """The contents of a file that torch.save wrote, tensors only. Raises ValueError, which names the file."""
+    try:
+        if zipfile.is_zipfile(path):  # torch.save writes a CRC of each tensor, which torch.load does not check
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(damaged)
+        # The full checkpoint also holds its command line, an argparse.Namespace. Nothing else is allowed
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds. torch's advice to load without weights_only is not passed on
+        why = "it is damaged, or not a checkpoint of tensors"
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        raise ValueError(f"{path}: cannot be loaded safely: {why}; fetch the file anew") from None
 
 
 def read_dino(path, branch):
-    """ViT-S/8 with the weights of a file, see `load_dino`. Raises ValueError, which names the file and the remedy."""
-    model = VisionTransformer()
-    try:
-        if zipfile.is_zipfile(path):  # what torch.save writes: it has a CRC of each tensor, which torch does not check
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-        # The full checkpoint also holds its command line, an argparse.Namespace; nothing else is let in
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle: the error below says it
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds; torch's advice in them, to load without care, is not passed on
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged, or no checkpoint of tensors"
-        raise ValueError(f"{path}: cannot be loaded safely: {why}; fetch the file anew") from None
+    """ViT-S/8 with the weights of a file; arguments and errors as for `load_dino`."""
+    state, model = read_checkpoint(path), VisionTransformer()
     try:
         if branch in state:  # the full checkpoint, whose branches also have a head
             names = [name for name in state[branch] if "backbone." in name]
@@ -785,56 +894,97 @@ def read_dino(path, branch):
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite numbers; fetch the file anew")
-    except Exception as error:  # of many kinds: no dictionary, another network
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: is not DINO's ViT-S/8: {why}") from None
+    except Exception as error:  # of many kinds: not a dictionary, another network
+        raise ValueError(f"{path}: is not DINO's ViT-S/8: {' '.join(str(error).split())[:200]}") from None
     return model.eval().requires_grad_(False)
 
 
-@usual_torch()
+@standard_torch()
 def load_dino(weights=None, branch="teacher", progress=True):
     """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
 
-    weights: a file (the published backbone, timm's copy of it, or the full checkpoint); None: the backbone from
-    torch.hub's cache, downloaded where it is not there or cannot be read.
-    branch: of a full checkpoint, "teacher" (which the backbone-only file holds) or "student" (the authors' choice).
-    Raises ValueError for a file that is not exactly these weights or cannot be read, OSError where they cannot be
-    fetched.
+    weights: a file (the published backbone, timm's copy of it, or the full checkpoint). None: the backbone from
+        torch.hub's cache; it is downloaded where it is missing or cannot be read.
+    branch: of a full checkpoint, "teacher" (which the backbone file holds) or "student" (which the authors use).
+    Raises ValueError for a file that cannot be read or holds other weights, OSError where the download fails.
     """
     if branch not in ("teacher", "student"):
         raise ValueError(f"branch must be teacher or student, got {branch!r}")
     if weights:
         return read_dino(Path(weights), branch)
-    path, damaged = cached_dino(), ""
+    path, unreadable = cached_dino(), ""
     if path.is_file():
         try:
             return read_dino(path, branch)
         except ValueError as error:
-            if branch == "student":  # which this file does not hold
+            if branch == "student":  # a new copy would not hold it either
                 raise
-            damaged = f"; {error}"
+            unreadable = f"; {error}"
     try:
         download_dino(progress)
     except OSError as error:
-        raise OSError(f"{error}{damaged}") from None
+        raise OSError(f"{error}{unreadable}") from None
     return read_dino(path, branch)
 
 
+# Features: the colour, and the choice of a backbone ------------------------------------------------------------
+
+CONSTANT_FEATURE = 50  # in units of Lab
+
+
+def colour_features(lab, background):
+    """Lab colours of patches (N,3) as features (N,4) of norm 1; they need no learned weights.
+
+    Colours are deviations from the mean over the background, whose weights are (N,). Eq. (1) compares directions, so a
+    constant fourth feature keeps patches of nearly the background's colour alike, whatever the noise in them.
+    """
+    return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=CONSTANT_FEATURE), dim=1)
+
+
+def join_features(deep, colour, colour_weight):
+    """The features of a backbone (N,C) beside those of the colour (N,4), rows of norm 1: (N,C+4).
+
+    Their cosine similarity is the weighted mean of both: (1 - colour_weight) cos(deep) + colour_weight cos(colour).
+    deep: None for the colour alone.
+    """
+    if deep is None or colour_weight == 1:
+        return colour
+    if colour_weight == 0:
+        return deep
+    return torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What turns a View into patch features."""
+
+    name: str  # "dino", "builtin", the path of a Python file, or any name of your own
+    extract: Callable | None  # View -> features (N,C), row-major, of any norm; None: the colour alone
+
+
+def pick_device(device):
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for one that is missing."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(str(device).partition(":")[0], False):
+        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
 def load_backbone_file(path):
-    """The Backbone that a Python file defines by a function extract: View -> features (N,C), row-major over its grid.
+    """The Backbone of a Python file, which must define extract(view): a View -> features (N,C), row-major.
 
     Raises ValueError, which names the file, where it cannot be run or has no such function.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    if not path.is_file():
+        raise ValueError(f"backbone {path}: there is no such file")
     try:
         spec.loader.exec_module(module)
-    except FileNotFoundError as error:
-        if error.filename != str(path):  # a file that it wants itself
-            raise ValueError(f"backbone {path}: {reason(error)}") from error
-        raise ValueError(f"backbone {path}: there is no such file") from None
     except Exception as error:  # whatever is wrong in it
-        raise ValueError(f"backbone {path}: {type(error).__name__}: {reason(error)}") from error
+        raise ValueError(f"backbone {path}: {type(error).__name__}: {one_line(error)}") from error
     if not callable(getattr(module, "extract", None)):
         raise ValueError(f"backbone {path}: it must define a function extract(view) that returns features (N,C)")
     return Backbone(str(path), module.extract)
@@ -842,33 +992,33 @@ def load_backbone_file(path):
 
 @functools.lru_cache(maxsize=1)
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
-    """The Backbone by name: "dino", "builtin" (colour alone), "auto", which is DINO where its weights can be had, or a
-    Python file, see `load_backbone_file`.
+    """The Backbone by name: "dino"; "builtin", the colour alone; "auto", DINO where its weights are available, else the
+    colour alone; or a Python file, see `load_backbone_file`.
 
-    Falls back only for "auto" without `weights`, and says so. The last answer is kept and given again. Raises as
-    load_dino and load_backbone_file, and ValueError for other names.
+    weights, branch: see `load_dino`. The last answer is cached. Only "auto" without weights falls back, with a warning.
+    Raises ValueError for other names, and what load_dino and load_backbone_file raise.
     """
-    named = backbone in ("auto", "dino", "builtin")
-    if not named and Path(backbone).suffix != ".py":
+    by_name = backbone in ("auto", "dino", "builtin")
+    if not by_name and Path(backbone).suffix != ".py":
         raise ValueError(f"backbone must be auto, dino, builtin or a Python file FILE.py, got {backbone}")
     if weights and backbone not in ("auto", "dino"):
         raise ValueError(f"weights are for the dino backbone: leave them out with {backbone}")
-    if not named:
+    if not by_name:
         return load_backbone_file(Path(backbone))
-    colours = Backbone("builtin", None)
+    colour_alone = Backbone("builtin", None)
     if backbone == "builtin":
-        return colours
+        return colour_alone
     device = pick_device(device)
     try:
         model = load_dino(weights, branch, progress)
     except OSError as error:
-        if backbone == "dino":  # with weights given it is a ValueError
+        if backbone == "dino":
             raise
         log.warning(
-            "DINO's weights could not be had: %s. Using the built-in colour descriptors instead; "
-            "for DINO, download %s elsewhere and give it as --weights FILE.", error, DINO_URL,
+            "DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on another "
+            "machine and pass it as --weights FILE.", error, DINO_URL,
         )  # fmt: skip
-        return colours
+        return colour_alone
     model.to(device)
 
     def extract(view):
@@ -878,190 +1028,10 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
     return Backbone("dino", extract)
 
 
-# Ours: where the object is, roughly ----------------------------------------------------------------------------
-
-RADII = np.geomspace(0.07, 0.65, 16)  # of the discs that are tried, of the shorter side of the area that is searched
-POWER, CLICK_POWER = 0.6, 0.2  # of the radius in a disc's score: larger discs are preferred, less so where one clicked
-NEAR = 0.35  # radii, how far the point may be from the middle of its disc
-TIGHT, DISTINCT = 0.2, 1.0  # see `fills_box`
-
-
-def principal(features, components):
-    """Features (N,C), centred, on their first principal components: (N,components), or (N,C) where C is less."""
-    centred = features - features.mean(0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
-    return centred @ axes.flip(1)[:, :components]
-
-
-def position_in(area, h, w):
-    """Where the cells (h,w) lie in an area (y0, x0, y1, x1), in cells: (h,1) and (1,w), -1 and 1 on its sides."""
-    y0, x0, y1, x1 = area
-    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-    return (2 * (y - y0) / (y1 - y0) - 1)[:, None], (2 * (x - x0) / (x1 - x0) - 1)[None]
-
-
-def remove_trend(features, weight, h, w):
-    """Features (N,C) of a grid (h,w) less their quadratic trend over the grid, fitted by least squares; weight (N,).
-
-    Learned features change with the distance from the middle and the sides of any image: zero padding, position
-    embeddings. That is no object.
-    """
-    y, x = (side.expand(h, w).flatten() for side in position_in((0, 0, h, w), h, w))
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=1)  # (N,6)
-    weighted = (terms * weight[:, None]).T
-    ridge = 1e-3 * weight.sum() * torch.eye(6)
-    return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
-
-
-def contrast_maps(deep, colour, share, background, h, w):
-    """What is searched for the object: one or two maps (12 or less,h,w), centred, their mean squares as in the graph.
-
-    deep: the backbone's features (N,C), here less their trend, of mean square 1 - share; or None. colour: (N,4), of mean
-    square share; or None. background: weights (N,) for the trend.
-    """
-    maps = [] if deep is None else [(remove_trend(deep, background, h, w), 1 - share)]
-    maps += [] if colour is None else [(colour, share)]
-
-    def scaled(values, square):  # on the first components, which keep the distances, nearly
-        return principal(values, 12) * (square / values.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-
-    return [scaled(values, square if len(maps) > 1 else 1).T.unflatten(1, (h, w)) for values, square in maps]
-
-
-def disc_contrasts(maps, valid, border, radii):
-    """How much the mean over each disc differs from that over the ring around it, and from the border's: (R,h,w) each.
-
-    maps (C,h,w); valid (h,w), 0 or 1; border (h,w), weights; radii: R, in cells. A disc or ring that is not all valid
-    counts less.
-    """
-    h, w = valid.shape
-    common = (maps * border).sum((1, 2)) / border.sum().clamp(min=1e-6)
-    pad = 2 * h, 2 * w  # room for the convolutions below, which wrap around
-    layers = torch.fft.rfft2(torch.cat([maps, torch.ones(1, h, w)]) * valid, s=pad)[:, None]  # C+1: the last counts
-    distance = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n) for n in pad), indexing="ij"))
-    from_ring, from_border = [], []
-    for radius in radii:
-        disc = (distance <= radius).float()  # around (0,0)
-        ring = (distance <= 1.4 * radius + 0.7).float() - disc
-        sums = torch.fft.irfft2(layers * torch.fft.rfft2(torch.stack([disc, ring])), s=pad)[..., :h, :w]  # (C+1,2,h,w)
-        count = sums[-1].round()
-        means = sums[:-1] / count.clamp(min=1)
-        shares = count / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # no ring in a tiny grid
-        from_ring.append((means[:, 0] - means[:, 1]).norm(dim=0) * shares[0] * shares[1].sqrt())
-        from_border.append((means[:, 0] - common[:, None, None]).norm(dim=0))
-    return torch.stack(from_ring), torch.stack(from_border)
-
-
-def locate(maps, valid, area, point=None):
-    """The disc (row, column, radius), in cells, whose features stand out: centre-surround contrast.
-
-    maps: one or two maps (C,h,w); valid (h,w), 0 or 1; area (y0, x0, y1, x1), in cells, is searched. Two steps: the
-    most salient point, the centre of the disc that differs most from the ring around it and from the area's border
-    alike (Itti, Koch and Niebur 1998; Achanta et al. 2009), and on both maps, as each alone has other things that stand
-    out; then the size of the object there, that of the disc near the point which differs most from its ring.
-    point (row, column): the user's, in place of the first step.
-    """
-    h, w = valid.shape
-    y, x = position_in(area, h, w)
-    border = (0.05 + y**2 + x**2).clamp(max=1) * valid  # how likely each cell is background
-    inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # what touches the border is seldom the object
-    radii = torch.from_numpy(RADII).float() * min(area[2] - area[0], area[3] - area[1])
-    contrasts = [disc_contrasts(values, valid, border, radii) for values in maps]
-    radii = radii[:, None, None]
-
-    def best(score):  # of all radii: (R,h,w)
-        number, row, column = np.unravel_index(int(score.argmax()), score.shape)
-        return int(row), int(column), float(radii[number])
-
-    power = POWER if point is None else CLICK_POWER
-    if point is None:
-        salience = math.prod(from_ring * from_border.sqrt() for from_ring, from_border in contrasts)
-        point = best(salience ** (1 / len(maps)) * radii**power * inland)[:2]
-    away = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
-    from_ring = sum(from_ring.square() for from_ring, _ in contrasts).sqrt()  # of both maps as one
-    return best(from_ring * radii**power * torch.exp(-((away / radii / NEAR) ** 2) / 2))
-
-
-def fills_box(maps, valid, area):
-    """Whether the object fills an area (y0, x0, y1, x1), in cells, or is somewhere in it; arguments as in `locate`.
-
-    It does not where, on every map, the rim of the inscribed ellipse is like what lies outside the area, and not like
-    the middle: less than TIGHT of the way. Where middle and outside are alike, DISTINCT spreads or less apart, a map
-    cannot tell, and the user's word counts.
-    """
-    y, x = position_in(area, *valid.shape)
-    distance, seen = torch.hypot(y, x), valid > 0
-    middle, rim = seen & (distance <= 0.5), seen & (distance > 0.7) & (distance <= 1)
-    outside = seen & ((y.abs() > 1) | (x.abs() > 1))
-    if not (middle.any() and rim.any()):
-        return True
-    if not outside.any():  # then the area is all there is
-        return False
-    for values in maps:
-        inner, edge, outer = (values[:, cells].mean(1) for cells in (middle, rim, outside))
-        axis = F.normalize(inner - outer, dim=0)
-        spread = torch.stack([(axis @ values[:, cells]).var(correction=0) for cells in (middle, outside)]).mean().sqrt()
-        step = axis @ (inner - outer)
-        if step <= DISTINCT * spread or axis @ (edge - outer) > TIGHT * step:
-            return True
-    return False
-
-
-def node_weights(view, prior):
-    """How much each patch in the field of view matters (N,): ever less from `prior` radii of the place on; 0: alike."""
-    fade = torch.exp(-((view.distance_in_radii() / prior) ** 4) / 2) if prior else torch.ones(view.grid)
-    return (fade * view.valid_patches()).flatten()
-
-
-RING = 20  # px around the user's box that are looked at as known background, at least; the margin of the authors' code
-
-
-def check_prompt(box, point, height, width):
-    """A box and a point as tuples of numbers, or None. Raises ValueError where they are not inside the image, or both."""
-    if box is not None and point is not None:
-        raise ValueError("a box tells the place already: leave the point out")
-
-    def numbers(prompt, count, form):
-        with contextlib.suppress(TypeError, ValueError):  # what is no array: ragged lists
-            values = np.asarray(prompt)
-            if values.shape == (count,) and values.dtype.kind in "iuf":
-                x, y = values[0::2].tolist(), values[1::2].tolist()
-                if 0 <= x[0] < width and 0 <= y[0] < height and (
-                    count == 2 or x[0] < x[1] <= width and y[0] < y[1] <= height
-                ):
-                    return tuple(values.tolist())
-        given = " ".join(str(prompt).split())[:100]
-        raise ValueError(f"the {form} inside the image, {width} x {height}; got {given}")
-
-    return (None if box is None else numbers(box, 4, "box must be four numbers x0 < x1, y0 < y1"),
-            None if point is None else numbers(point, 2, "point must be two numbers"))  # fmt: skip
-
-
-def view_photograph(rgb, config, box=None):
-    """The View of a photograph (H,W,3) uint8, or of the surroundings of a box (x0, y0, x1, y1) in it."""
-    height, width = rgb.shape[:2]
-    image = resize_image(rgb, config.size)
-    valid, seen, area = field_of_view(image), (0, 0, height, width), None
-    if box:
-        x0, y0, x1, y1 = box
-        half = (y1 - y0) / 2, (x1 - x0) / 2
-        reach = [max(side + RING, 1.6 * side, max(half) / 2) for side in half]  # a strip has many patches
-        (cy, cx), (dy, dx) = ((y0 + y1) / 2, (x0 + x1) / 2), reach
-        seen = max(0, round(cy - dy)), max(0, round(cx - dx)), min(height, round(cy + dy)), min(width, round(cx + dx))
-        image = resize_image(rgb[seen[0] : seen[2], seen[1] : seen[3]], config.size, config.stride)
-        rows, columns = (np.linspace(start, stop, 2 * n + 1)[1::2] for start, stop, n in  # the centres of its cells
-                         zip(seen[:2], seen[2:], (side // PATCH for side in image.shape[1:])))  # fmt: skip
-        valid = valid[(rows * valid.shape[0] / height).astype(int)]
-        valid = valid[:, (columns * valid.shape[1] / width).astype(int)]
-        dy, dx = image.shape[1] / (seen[2] - seen[0]), image.shape[2] / (seen[3] - seen[1])
-        area = (y0 - seen[0]) * dy, (x0 - seen[1]) * dx, (y1 - seen[0]) * dy, (x1 - seen[1]) * dx
-    return View(image, config.stride, seen, valid, area or (0, 0, *image.shape[1:]))
-
-
 def extract_features(backbone, view, device):
-    """A backbone's features (N,C) of a View, rows of length 1; None for the colour alone.
+    """The features of a backbone for a View, (N,C) float32 on the device, rows of norm 1; None for the colour alone.
 
-    Raises ValueError, which names the backbone, where it fails or what it returns is not as said.
+    Raises ValueError, which names the backbone, where it fails or returns something else.
     """
     if backbone.extract is None:
         return None
@@ -1070,227 +1040,409 @@ def extract_features(backbone, view, device):
         with torch.no_grad():
             features = backbone.extract(view)
     except Exception as error:
-        raise ValueError(f"backbone {backbone.name}: extract failed: {type(error).__name__}: {reason(error)}") from error
+        message = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"backbone {backbone.name}: extract failed: {message}") from error
     if not isinstance(features, torch.Tensor):
         raise ValueError(f"backbone {backbone.name}: extract must return a torch tensor, got {type(features).__name__}")
     if features.ndim != 2 or len(features) != n or not features.shape[1]:
-        want = f"({n},C) for {view.grid[0]} x {view.grid[1]} patches"
-        raise ValueError(f"backbone {backbone.name}: extract must return features {want}, got {tuple(features.shape)}")
+        expected = f"({n},C) for {view.grid[0]} x {view.grid[1]} patches"
+        raise ValueError(f"backbone {backbone.name}: extract must return features {expected}, got {tuple(features.shape)}")
     features = features.detach().to(device, torch.float32)
     if not features.isfinite().all():
         raise ValueError(f"backbone {backbone.name}: extract returned values that are not finite numbers")
     return F.normalize(features, dim=1)
 
 
-@usual_torch()
-def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
-    """The View of the object in a photograph (H,W,3) uint8, its features f (N,C) normalised, its nodes' weights (N,).
+# Where the object is, roughly ----------------------------------------------------------------------------------
 
-    box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, given by the user; what lies outside it
-    is background. point: (x, y) px, near the middle of the object. Without either it is looked for in all the image.
-    Raises ValueError for a box or point not in the image, or both, and for a backbone that fails.
+DISC_RADII = np.geomspace(0.07, 0.65, 16)  # in shorter sides of the search area
+SIZE_EXPONENT, POINT_SIZE_EXPONENT = 0.6, 0.2  # a disc's score grows with its radius, less so where a point is given
+POINT_SIGMA = 0.35  # radii, how far the point may be from the centre of its disc
+RIM_SHARE, DISTINCT = 0.2, 1.0  # see `box_is_tight`
+
+
+def pca(features, components):
+    """Features (N,C) on their first principal components: (N,components), or (N,C) where C is smaller."""
+    centred = features - features.mean(0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
+    return centred @ axes.flip(1)[:, :components]
+
+
+def position_in(area, h, w):
+    """The positions of cells (h,w) relative to an area (y0, x0, y1, x1), in cells: (h,1) and (1,w), -1 and 1 on its
+    sides."""
+    y0, x0, y1, x1 = area
+    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
+    return (2 * (y - y0) / (y1 - y0) - 1)[:, None], (2 * (x - x0) / (x1 - x0) - 1)[None]
+
+
+def background_weights(area, field_of_view):
+    """How likely each cell (h,w) is background: near the sides of an area, in cells, or outside of it."""
+    y, x = position_in(area, *field_of_view.shape)
+    return (0.05 + y**2 + x**2).clamp(max=1) * field_of_view
+
+
+def remove_trend(features, weights, h, w):
+    """Features (N,C) of a grid (h,w) minus their quadratic trend over it, a least-squares fit with weights (N,).
+
+    Learned features vary with the position in the frame, because of zero padding or position embeddings.
+    """
+    y, x = (side.expand(h, w).flatten() for side in position_in((0, 0, h, w), h, w))
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=1)  # (N,6)
+    weighted = (terms * weights[:, None]).T
+    ridge = 1e-3 * weights.sum() * torch.eye(6)
+    return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
+
+
+def feature_maps(deep, colour, colour_weight, background):
+    """The maps in which the object is searched, one or two: (C,h,w), C at most 12, centred.
+
+    deep: a backbone's features (N,C), or None; their trend is removed. colour: (N,4), or None. Their mean squares are
+    1 - colour_weight and colour_weight, as in `join_features`; a single map has mean square 1.
+    background: (h,w) weights for the fit of the trend.
+    """
+    h, w = background.shape
+    sources = [] if deep is None else [(remove_trend(deep, background.flatten(), h, w), 1 - colour_weight)]
+    sources += [] if colour is None else [(colour, colour_weight)]
+    maps = []
+    for values, mean_square in sources:
+        mean_square = mean_square if len(sources) > 1 else 1
+        scale = (mean_square / values.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
+        maps.append((pca(values, 12) * scale).T.unflatten(1, (h, w)))  # PCA nearly keeps the distances
+    return maps
+
+
+def disc_contrasts(values, field_of_view, background, radii):
+    """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in cells.
+
+    values: (C,h,w). field_of_view: (h,w), 1 or 0. background: (h,w) weights. A contrast is the distance of two means;
+    that to the ring is reduced where disc or ring lie partly outside the field of view.
+    """
+    h, w = field_of_view.shape
+    common = (values * background).sum((1, 2)) / background.sum().clamp(min=1e-6)
+    padded = 2 * h, 2 * w  # the convolutions by FFT are cyclic
+    layers = torch.cat([values, torch.ones(1, h, w)]) * field_of_view  # (C+1,h,w), the last one counts cells
+    layers = torch.fft.rfft2(layers, s=padded)[:, None]
+    distance = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n) for n in padded), indexing="ij"))
+    to_ring, to_background = [], []
+    for radius in radii:
+        disc = (distance <= radius).float()  # centred at (0,0)
+        ring = (distance <= 1.4 * radius + 0.7).float() - disc
+        sums = torch.fft.irfft2(layers * torch.fft.rfft2(torch.stack([disc, ring])), s=padded)
+        sums = sums[..., :h, :w]  # (C+1,2,h,w)
+        count = sums[-1].round()
+        means = sums[:-1] / count.clamp(min=1)
+        visible = count / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # a tiny grid has no ring
+        to_ring.append((means[:, 0] - means[:, 1]).norm(dim=0) * visible[0] * visible[1].sqrt())
+        to_background.append((means[:, 0] - common[:, None, None]).norm(dim=0))
+    return torch.stack(to_ring), torch.stack(to_background)
+
+
+def find_disc(maps, field_of_view, area, point=None):
+    """The disc (row, column, radius), in cells, that stands out from its surroundings: centre-surround contrast.
+
+    maps: one or two (C,h,w). field_of_view: (h,w), 1 or 0. area: (y0, x0, y1, x1) in cells, the search area.
+    point: (row, column), given by the user.
+    First the most salient point: the centre of the disc with the largest product of its contrasts to its ring and to
+    the background (Itti, Koch and Niebur 1998; Achanta et al. 2009), over all maps, as the object stands out in each.
+    Then the size of the object there: the disc near that point, or the user's, with the largest contrast to its ring.
+    """
+    h, w = field_of_view.shape
+    y, x = position_in(area, h, w)
+    inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # an object seldom touches the border
+    radii = torch.from_numpy(DISC_RADII).float() * min(area[2] - area[0], area[3] - area[1])
+    background = background_weights(area, field_of_view)
+    contrasts = [disc_contrasts(values, field_of_view, background, radii) for values in maps]
+    radii = radii[:, None, None]
+
+    def best(score):  # (R,h,w)
+        number, row, column = np.unravel_index(int(score.argmax()), score.shape)
+        return int(row), int(column), float(radii[number])
+
+    exponent = SIZE_EXPONENT if point is None else POINT_SIZE_EXPONENT
+    if point is None:
+        salience = math.prod(to_ring * to_background.sqrt() for to_ring, to_background in contrasts)
+        point = best(salience ** (1 / len(maps)) * radii**exponent * inland)[:2]
+    point_distance = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
+    near = torch.exp(-((point_distance / radii / POINT_SIGMA) ** 2) / 2)
+    to_ring = sum(to_ring.square() for to_ring, _ in contrasts).sqrt()  # in the maps side by side
+    return best(to_ring * radii**exponent * near)
+
+
+def box_is_tight(maps, field_of_view, area):
+    """Whether the object fills the user's box; else it is somewhere inside. Arguments as for `find_disc`.
+
+    The box is loose where, in every map, the rim of the inscribed ellipse is like the outside of the box: less than
+    RIM_SHARE of the way to the middle. A map in which middle and outside are less than DISTINCT standard deviations
+    apart cannot tell, and then the box is taken as tight.
+    """
+    y, x = position_in(area, *field_of_view.shape)
+    distance, visible = torch.hypot(y, x), field_of_view > 0
+    middle, rim = visible & (distance <= 0.5), visible & (distance > 0.7) & (distance <= 1)
+    outside = visible & ((y.abs() > 1) | (x.abs() > 1))
+    if not (middle.any() and rim.any()):
+        return True
+    if not outside.any():  # the box is the whole photograph
+        return False
+    for values in maps:
+        inner, edge, outer = (values[:, cells].mean(1) for cells in (middle, rim, outside))
+        axis = F.normalize(inner - outer, dim=0)
+        spread = torch.stack([(axis @ values[:, cells]).var(correction=0) for cells in (middle, outside)]).mean().sqrt()
+        step = axis @ (inner - outer)
+        if step <= DISTINCT * spread or axis @ (edge - outer) > RIM_SHARE * step:
+            return True
+    return False
+
+
+def locate_object(view, deep, lab, config, box=None, point=None):
+    """The View with the ellipse where the object is: the user's box if it is tight, else the disc that `find_disc` finds.
+
+    deep: a backbone's features (N,C), or None. lab: colours of the patches (N,3). box, point: as in `segment`.
+    """
+
+    def cells(values):  # the patches that do not overlap, one for each cell of 8 px
+        step = PATCH // view.stride
+        return values.unflatten(0, view.grid)[::step, ::step].flatten(0, 1)
+
+    (h, w), area = view.field_of_view.shape, [side / PATCH for side in view.search_area]
+    background = background_weights(area, view.field_of_view)
+    positive = background + 1e-3
+    colour = None if deep is not None and config.colour == 0 else colour_features(cells(lab), positive.flatten())
+    maps = feature_maps(None if deep is None else cells(deep).cpu(), colour, config.colour, positive)
+    if box and box_is_tight(maps, view.field_of_view, area):
+        y0, x0, y1, x1 = view.search_area
+        ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
+        return dataclasses.replace(view, ellipse=ellipse, prompt="box")
+    if point:
+        top, left, bottom, right = view.box
+        point = (point[1] + 0.5) * h / (bottom - top) - 0.5, (point[0] + 0.5) * w / (right - left) - 0.5
+    row, column, radius = find_disc(maps, view.field_of_view, area, point)
+    ellipse = PATCH * (row + 0.5), PATCH * (column + 0.5), PATCH * radius, PATCH * radius
+    return dataclasses.replace(view, ellipse=ellipse, prompt="point" if point else "")
+
+
+def node_weights(view, fade_radii):
+    """The importance of each patch, (N,) in [0,1]: 0 outside the field of view; it falls beyond `fade_radii` radii of
+    the ellipse (0: it does not)."""
+    fade = torch.exp(-((view.distance_in_radii() / fade_radii) ** 4) / 2) if fade_radii else torch.ones(view.grid)
+    return (fade * view.valid_patches()).flatten()
+
+
+@standard_torch()
+def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
+    """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), the weights (N,).
+
+    rgb: (height,width,3) uint8. box, point: as in `segment`.
+    Raises ValueError for a box or point outside the image, or both, and for a backbone that fails.
     """
     box, point = check_prompt(box, point, *rgb.shape[:2])
     view = view_photograph(rgb, config, box)
     deep = None if config.colour == 1 else extract_features(backbone, view, device)
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
-
-    def cells(values):  # of the patches that do not overlap, one a cell
-        return values.unflatten(0, view.grid)[:: PATCH // view.stride, :: PATCH // view.stride].flatten(0, 1)
-
-    (h, w), area = view.valid.shape, [side / PATCH for side in view.area]
-    y, x = position_in(area, h, w)
-    background = ((0.05 + y**2 + x**2).clamp(max=1) * view.valid + 1e-3).flatten()
-    colour = None if deep is not None and config.colour == 0 else colour_features(cells(lab), background)
-    maps = contrast_maps(None if deep is None else cells(deep).cpu(), colour, config.colour, background, h, w)
-    if box and fills_box(maps, view.valid, area):
-        y0, x0, y1, x1 = view.area
-        ellipse, prompt = ((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), "box"
-    else:
-        if point:
-            y, x = ((at + 0.5) * n / side - 0.5 for at, n, side in zip(point[::-1], (h, w), rgb.shape))
-        row, column, radius = locate(maps, view.valid, area, (y, x) if point else None)
-        ellipse, prompt = (PATCH * (row + 0.5), PATCH * (column + 0.5), PATCH * radius, PATCH * radius), ""
-    view = dataclasses.replace(view, ellipse=ellipse, prompt="point" if point else prompt)
-    outside = (view.distance_in_radii() > 1) * view.valid_patches() + 1e-3
-    colour = colour_features(lab, outside.flatten()).to(device)
-    return view, join_features(deep, colour, config.colour), node_weights(view, config.prior).to(device)
+    view = locate_object(view, deep, lab, config, box, point)
+    background = (view.distance_in_radii() > 1) * view.valid_patches() + 1e-3
+    colour = colour_features(lab, background.flatten()).to(device)
+    features = join_features(deep, colour, config.colour)
+    return view, features, node_weights(view, config.fade_radii).to(device)
 
 
-# From photograph to mask ---------------------------------------------------------------------------------------
+# From the clusters to a mask -----------------------------------------------------------------------------------
+
+# Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii, to
+# -L at 2 r. An object fills a tight box, or nearly; a disc is smaller than its object, less so at a point. Tuned.
+POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
-def clean_mask(mask, components):
-    """Fill the holes of a mask (H,W) bool, then keep its `components` largest connected pieces, or all for 0."""
+def order_clusters(view, assignment):
+    """The clusters from surest background to surest object: the assignment (N,K) in that order, and how many are
+    background.
+
+    A cluster is foreground where it is more common inside the ellipse than in the field of view. For two clusters that
+    holds for exactly one, unless they are alike. The rule is ours, as the paper states none.
+    """
+    inside, visible = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
+                       for nodes in (view.inside_ellipse(), view.valid_patches()))  # (K,) each  # fmt: skip
+    excess = inside / visible.clamp(min=1e-6) - 1
+    return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
+
+
+def select_foreground(view, assignment, background, adjacency, weights, config):
+    """The probability of each patch to be object, (N,) in [0,1].
+
+    assignment: (N,K) from `order_clusters`, with so many `background` clusters. adjacency: (N,N). weights: (N,).
+    With config.similarity_weight 0 it is the sum of the foreground clusters. Else each patch is judged again, as a
+    modularity gives patches between two clusters to the smaller one with full confidence. Its log-odds are the position
+    prior plus similarity_weight times the logarithm of (mean similarity to the foreground / to the background); the
+    second term is dropped where it contradicts the patch's cluster.
+    """
+    foreground = assignment[:, background:].sum(1)
+    if config.similarity_weight and background < config.clusters:
+        membership = torch.stack([foreground, 1 - foreground], dim=1)  # (N,2)
+        mean_similarity = adjacency @ membership / weights.clamp(min=1e-12)[:, None]  # of patch i: sum_j w_j C_j f_i f_j
+        mean_similarity = mean_similarity / (weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1]
+        logs = mean_similarity.clamp(min=0.01).log()  # smaller similarities are noise
+        log_odds = config.similarity_weight * (logs[:, 0] - logs[:, 1])
+        log_odds = torch.where(log_odds * (foreground - 0.5) > 0, log_odds, 0)
+        strength, radius = POSITION_PRIOR[view.prompt]
+        prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
+        foreground = torch.sigmoid(log_odds + prior.to(log_odds))
+    return foreground * view.valid_patches().flatten().to(foreground)
+
+
+def refine_maps(view, maps, config):
+    """Maps over the resized image (s,t,M), the foreground first: refined by the bilateral solver and smoothed."""
+    if config.refine:
+        guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
+        # A pixel's confidence is the size of the foreground's log-odds: where the patches are unsure, the colours
+        # decide. Twice that, so that odds of 5 to 3 count as much as the 0.999 which the authors' code gives to every
+        # pixel, and their lambda holds. The clip keeps it finite, at most 32.
+        confidence = 2 * np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
+        maps = bilateral.solve(maps, guide, confidence, smoothness=config.bilateral_lambda).astype(np.float32)
+    return ndimage.gaussian_filter(maps, (config.mask_blur, config.mask_blur, 0))
+
+
+def clean_mask(mask, keep_components):
+    """A mask (height,width) bool with its holes filled and only its largest connected regions, or all for 0."""
     mask = ndimage.binary_fill_holes(mask)
-    if components:
-        pieces, _ = ndimage.label(mask)
-        area = np.bincount(pieces.ravel())[1:]  # without the background, which may well be the largest
-        mask = np.isin(pieces, 1 + np.argsort(-area, kind="stable")[:components])
+    if keep_components:
+        labels, _ = ndimage.label(mask)
+        area = np.bincount(labels.ravel())[1:]  # without label 0, the background
+        mask = np.isin(labels, 1 + np.argsort(-area, kind="stable")[:keep_components])
     return mask
 
 
-# What the place says of a patch, (L, r): to its log-odds of being object L is added at the centre of the place, 0 at r
-# of its radii, -L from 2 r on. An object fills its box, or nearly; a disc is small for its object, less so
-# where one clicked. Tuned.
-PLACE = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
+def make_mask(view, assignment, adjacency, weights, config, size):
+    """The clusters of the patches, assignment (N,K), as maps over the photograph of `size` (height,width).
 
-
-def choose(view, assignment, adjacency, config):
-    """What is object: the assignment (N,K) with its clusters in order, how many are background, the foreground (N,).
-
-    The clusters are ordered from surest background to surest object. The foreground, in [0,1], is the sum of its
-    clusters where config.evidence is 0. Else every patch is looked at again, since a modularity gives patches between
-    two clusters to the smaller one, as surely as any: its log-odds are config.evidence times the logarithm of its mean
-    similarity to the foreground over that to the background, or 0 where that contradicts its cluster, and what its
-    place says. What clusters and features agree on wins; the rest is for the place, and then for the colours.
+    The foreground and, for K > 2, the clusters are upsampled to the resized image, refined, upsampled to the
+    photograph, thresholded and cleaned.
+    Returns a dictionary: the mask, probability and labels of a Segmentation, and the ordered assignment.
     """
-    core, seen = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
-                  for nodes in (view.inside_ellipse(), view.valid_patches()))  # (K,), how common each cluster is there  # fmt: skip
-    # How much commoner it is in the place than in the window. For K = 2 exactly one is above 0, unless they are
-    # alike. The rule is ours, as the paper states none; no ground truth is involved.
-    score = core / seen.clamp(min=1e-6) - 1
-    background = int((score <= 1e-4).sum())  # rounding aside
-    assignment = assignment[:, score.argsort()]
-    foreground = assignment[:, background:].sum(1)
-    if config.evidence and background < config.clusters:
-        weights = adjacency.diagonal().clamp(min=1e-24).sqrt()  # w_i, as A_ii = w_i^2
-        sides = torch.stack([foreground, 1 - foreground], dim=1)
-        likeness = adjacency @ sides / weights[:, None] / (weights @ sides).clamp(min=1e-6)  # means, (N,2) in [0,1]
-        likeness = likeness.clamp(min=0.01).log()  # below is noise
-        log_odds = config.evidence * (likeness[:, 0] - likeness[:, 1])
-        log_odds = torch.where(log_odds * (foreground - 0.5) > 0, log_odds, 0)
-        most, radius = PLACE[view.prompt]
-        place = most * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
-        foreground = torch.sigmoid(log_odds + place.to(assignment))
-    return assignment.cpu(), background, foreground.cpu() * view.valid_patches().flatten()
-
-
-def finish(view, assignment, adjacency, config, size):
-    """The clusters of the patches (N,K) as mask, probability and labels (H,W), and the ordered assignment (h,w,K).
-
-    What `choose` makes of them is upsampled to the View's image, refined there by the bilateral solver, which trusts it
-    as far as it is sure, cluster by cluster for K > 2, and smoothed; then upsampled to the photograph, binarised and
-    cleaned. size: (H,W) of the photograph. Returns a dictionary of fields of `Segmentation`.
-    """
-    assignment, background, foreground = choose(view, assignment, adjacency, config)
-    maps = torch.cat([foreground[:, None], assignment], dim=1).unflatten(0, view.grid)
+    assignment, background = order_clusters(view, assignment)
+    foreground = select_foreground(view, assignment, background, adjacency, weights, config)
+    maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
-    refined = 1 if config.clusters == 2 else 1 + config.clusters  # for K = 2 one is enough
-    if config.refine:
-        guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        # A pixel is trusted by the log-odds of the second look: where that is unsure, the colours decide. Twice, so
-        # that odds of 5 to 3 count as much as the 0.999 by which the authors' code trusts every pixel, and its lambda
-        # holds; what is out of the field of view is surely background. The clip keeps it finite, at most 32.
-        trust = 2 * np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.evidence else 0.999
-        maps[..., :refined] = bilateral.solve(maps[..., :refined], guide, trust, smoothness=config.smoothness)
-    maps[..., :refined] = ndimage.gaussian_filter(maps[..., :refined], (config.contour, config.contour, 0))
+    refined = 1 if config.clusters == 2 else 1 + config.clusters  # for two clusters the foreground is enough
+    maps = np.concatenate([refine_maps(view, maps[..., :refined], config), maps[..., refined:]], axis=2)
 
     y0, x0, y1, x1 = view.box
-    seen = y1 - y0, x1 - x0  # H' and W', of what the View shows
+    shown = y1 - y0, x1 - x0  # height and width of what the View shows
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
-    maps = F.interpolate(maps, size=seen, mode="bilinear", antialias=True)[0].numpy()  # (1+K,H',W')
-    scale = [n / side for n, side in zip(seen + seen, view.image.shape[1:] + view.image.shape[1:])]
-    top, left, bottom, right = (round(at * by) for at, by in zip(view.area, scale))  # of the user's box
-    soft = np.zeros(seen, np.float32)
+    maps = F.interpolate(maps, size=shown, mode="bilinear", antialias=True)[0].numpy()  # (1+K,*shown)
+    scale = [n / side for n, side in zip(2 * shown, 2 * view.image.shape[1:])]
+    top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, scale))
+    soft = np.zeros(shown, np.float32)  # 0 outside the search area
     soft[top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
 
     mask, probability, labels = (np.zeros(size, kind) for kind in (bool, np.float32, np.uint8))
     probability[y0:y1, x0:x1] = soft
-    mask[y0:y1, x0:x1] = clean_mask(soft > 0.5, config.components)
-    # The likeliest cluster, of the foreground ones inside the mask and of the others outside it
-    chosen = (np.arange(config.clusters) >= background)[:, None, None] == mask[y0:y1, x0:x1]
-    labels[y0:y1, x0:x1] = np.where(chosen, maps[1:], -np.inf).argmax(0)
+    mask[y0:y1, x0:x1] = clean_mask(soft > 0.5, config.keep_components)
+    # The most likely cluster: of the foreground clusters inside the mask, of the others outside
+    allowed = (np.arange(config.clusters) >= background)[:, None, None] == mask[y0:y1, x0:x1]
+    labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
     if config.invert and background < config.clusters:  # without an object there is nothing to swap
         mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
         assignment = assignment.flip(1)
-    assignment = assignment.unflatten(0, view.grid).numpy()
+    assignment = assignment.cpu().unflatten(0, view.grid).numpy()
     return {"mask": mask, "probability": probability, "labels": labels, "assignment": assignment}
+
+
+# The whole method ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What `segment` returns; H, W are the image's own size after its EXIF rotation."""
+    """What `segment` returns. Height and width are the photograph's own, after its EXIF rotation."""
 
-    image: np.ndarray  # (H,W,3) uint8, the photograph
-    mask: np.ndarray  # (H,W) bool, the object
-    probability: np.ndarray  # (H,W) float32 in [0,1], of foreground, before cleaning
-    labels: np.ndarray  # (H,W) uint8, 0 to K - 1, from surest background to surest object, as in `finish`
-    assignment: np.ndarray  # (h,w,K) float32, of the patches, soft, ordered as the labels
-    view: View  # what was looked at, and the object's ellipse
-    features: torch.Tensor  # (N,C) f, rows of length 1
-    modularity: float  # of the clusters, Q of eq. (6); near 0 where the graph has no communities
-    history: list  # the loss before every step taken
+    image: np.ndarray  # (height,width,3) uint8, the photograph
+    mask: np.ndarray  # (height,width) bool, the object
+    probability: np.ndarray  # (height,width) float32 in [0,1], of foreground, before cleaning
+    labels: np.ndarray  # (height,width) uint8, 0 to K - 1, from surest background to surest object
+    assignment: np.ndarray  # (h,w,K) float32, soft clusters of the patches, in the order of the labels
+    view: View  # the resized image, and the object's ellipse
+    features: torch.Tensor  # f (N,C), rows of norm 1
+    node_weights: torch.Tensor  # (N,)
+    network: UnSegMedGAT  # after the fit
+    modularity: float  # Q of the clusters, eq. (6); near 0 where the graph has no communities
+    history: list  # the loss before every step
     backbone: str  # its name
     seconds: dict  # wall-clock time of each stage
 
 
-@usual_torch()
+@standard_torch()
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
             device="auto", shared=None, progress=False):  # fmt: skip
     """Segment one photograph: the whole method.
 
-    image: a path, a PIL image or a uint8 array (H,W,3) or (H,W). box (x0, y0, x1, y1), point (x, y): px, see
-    `extract_nodes`. backbone: "auto", "dino", "builtin", a Python file with a function extract, or a Backbone. weights,
-    branch: see `load_dino`. device: "auto", "cpu", "cuda" or "mps". shared: parameters from `fit_collective`, without
-    which config.collective does nothing. progress: show the bar of a download.
-    Returns a Segmentation. Raises ImageError for an image that cannot be segmented, ValueError and OSError for
-    settings, weights, a backbone or a device that cannot be had.
+    image: a path, a PIL image, or a uint8 array (height,width,3) or (height,width).
+    box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, tight or loose; all else is background.
+    point: (x, y) px, near the middle of the object. Without box and point the object is searched in the whole image.
+    backbone: "auto", "dino", "builtin", a Python file, or a Backbone; weights, branch: see `load_backbone`.
+    device: "auto", "cpu", "cuda" or "mps".
+    shared: parameters from `fit_collective`; without them config.shared_epochs has no effect.
+    progress: show a progress bar while DINO's weights are downloaded.
+    Returns a Segmentation. Raises ImageError for an image that cannot be segmented, and ValueError or OSError for a
+    prompt, weights, a backbone or a device that cannot be used.
     """
     device = pick_device(device)
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, weights, branch, device, progress)
-    name = image if isinstance(image, (str, Path)) else "the image"
     clock = [time.perf_counter()]
     rgb = load_image(image)
     clock.append(time.perf_counter())
-    view, features, weights = extract_nodes(rgb, config, backbone, device, box, point)
+    view, features, importance = extract_nodes(rgb, config, backbone, device, box, point)
     clock.append(time.perf_counter())
-    adjacency = build_graph(features, config.tau, weights)
-    assignment, history, modularity = fit(features, adjacency, config, shared)
-    if modularity < COMMUNITIES:
-        log.warning("%s: no communities are found in %d epochs, and so no object", name, len(history))
+    adjacency = build_graph(features, config.tau, importance)
+    fitted = fit(features, adjacency, config, shared)
+    if not fitted.has_communities:
+        name = image if isinstance(image, (str, Path)) else "the image"
+        log.warning("%s: no communities were found in %d epochs, so the mask is empty", name, len(fitted.losses))
     clock.append(time.perf_counter())
-    masks = finish(view, assignment, adjacency, config, rgb.shape[:2])
+    maps = make_mask(view, fitted.assignment, adjacency, importance, config, rgb.shape[:2])
     clock.append(time.perf_counter())
     seconds = dict(zip(("read", "features", "fit", "refine"), np.diff(clock).tolist()))
-    return Segmentation(image=rgb, **masks, view=view, features=features, modularity=modularity, history=history,
+    return Segmentation(image=rgb, **maps, view=view, features=features, node_weights=importance,
+                        network=fitted.network, modularity=fitted.modularity, history=fitted.losses,
                         backbone=backbone.name, seconds=seconds)  # fmt: skip
 
 
 # Pictures ------------------------------------------------------------------------------------------------------
 
-TINT = (0, 200, 120)
-PALETTE = (0, 0, 0, 0, 200, 120, 240, 200, 0, 60, 120, 240, 230, 60, 60, 160, 80, 200, 0, 200, 220, 250, 130, 180)
+MASK_COLOUR = (0, 200, 120)
+PALETTE = (0, 0, 0, *MASK_COLOUR, 240, 200, 0, 60, 120, 240, 230, 60, 60, 160, 80, 200, 0, 200, 220, 250, 130, 180)
+
+
+def draw_contour(rgb, mask, colour, width):
+    """Draw the outline of a mask (height,width) bool into an image (height,width,3) uint8, inwards, `width` px."""
+    rgb[mask ^ ndimage.binary_erosion(mask, iterations=width)] = colour
 
 
 def overlay(rgb, mask):
-    """The image (H,W,3) uint8 with the mask (H,W) bool tinted and outlined, to look at: a PIL image."""
-    from torchvision.utils import draw_segmentation_masks  # takes over a second to import: only where it is used
+    """The image (height,width,3) uint8 with the mask (height,width) bool tinted and outlined: a PIL image."""
+    from torchvision.utils import draw_segmentation_masks  # it takes over a second to import
 
-    tinted = draw_segmentation_masks(torch.from_numpy(rgb).permute(2, 0, 1), torch.from_numpy(mask), 0.2, TINT)
-    tinted = tinted.permute(1, 2, 0).numpy().copy()
-    width = max(1, round(min(mask.shape) / 200))
-    tinted[mask ^ ndimage.binary_erosion(mask, iterations=width)] = TINT
+    image = torch.from_numpy(rgb).permute(2, 0, 1)
+    tinted = draw_segmentation_masks(image, torch.from_numpy(mask), 0.2, MASK_COLOUR).permute(1, 2, 0).numpy().copy()
+    draw_contour(tinted, mask, MASK_COLOUR, max(1, round(min(mask.shape) / 200)))
     return Image.fromarray(tinted)
 
 
-def heat(values):
-    """Numbers (h,w) in [0,1] as colours (h,w,3) uint8, black over red and yellow to white."""
-    return (np.clip(np.asarray(values)[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8)
+def heatmap(values):
+    """Values (h,w) in [0,1] as colours from black over red and yellow to white: a PIL image."""
+    return Image.fromarray((np.clip(np.asarray(values)[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8))
 
 
-def tile(text, picture, size):
-    """A PIL image resized to (width, height) below its caption."""
-    blocks = min(picture.size) < min(size) / 2  # patches are shown as squares
+def captioned(text, picture, size):
+    """A PIL image resized to (width, height), below its caption."""
+    of_patches = min(picture.size) < min(size) / 2  # these are shown as squares
     framed = Image.new("RGB", (size[0], size[1] + 24), "white")
-    framed.paste(picture.resize(size, Image.NEAREST if blocks else Image.LANCZOS), (0, 24))
+    framed.paste(picture.resize(size, Image.NEAREST if of_patches else Image.LANCZOS), (0, 24))
     ImageDraw.Draw(framed).text((2, 3), text, "black", ImageFont.load_default(14))
     return framed
 
 
-def side_by_side(tiles, columns):
-    """PIL images of one size in rows of so many columns: a PIL image."""
+def image_grid(tiles, columns):
+    """PIL images of one size side by side, in rows of so many columns: a PIL image."""
     from torchvision.transforms.functional import to_pil_image, to_tensor
     from torchvision.utils import make_grid
 
@@ -1298,178 +1450,187 @@ def side_by_side(tiles, columns):
 
 
 def explain(result, config):
-    """One picture of the stages of a Segmentation side by side, each with its caption: a PIL image."""
-    view, features = result.view, result.features.cpu()
-    (y0, x0, y1, x1), (h, w) = view.box, view.grid
-    seen, (y, x, ry, rx) = Image.fromarray((view.image * 255).round().byte().permute(1, 2, 0).numpy()), view.ellipse
-    ImageDraw.Draw(seen).ellipse((x - rx, y - ry, x + rx, y + ry), outline=TINT, width=3)
+    """The stages of a Segmentation side by side: a PIL image. The blue patch is the surest one of the object."""
+    view, (h, w) = result.view, result.view.grid
+    located, (y, x, ry, rx) = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy()), view.ellipse
+    ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=MASK_COLOUR, width=3)
 
-    components = F.pad(principal(features, 3), (0, max(0, 3 - features.shape[1])))
+    components = F.pad(pca(result.features.cpu(), 3), (0, max(0, 3 - result.features.shape[1])))
     low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
     colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
-    weights = node_weights(view, config.prior)
-    node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * weights).argmax())
-    row = heat(build_graph(features, config.tau, weights)[node].unflatten(0, (h, w)).numpy())
-    row[np.unravel_index(node, (h, w))] = (0, 160, 255)
 
+    adjacency = build_graph(result.features, config.tau, result.node_weights)
+    x = centre_and_scale(result.features, adjacency)
+    node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * result.node_weights.cpu()).argmax())
+    with torch.no_grad():
+        _, score_src, score_dst = result.network.series[0][0].project(x)  # the first layer of the first series
+        alpha = attention_weights(score_src[:, node : node + 1], score_dst, adjacency[node : node + 1])  # (H,1,N)
+    rows = []
+    for values in (adjacency[node], alpha.mean(0)[0]):
+        rows.append(heatmap((values / values.max().clamp(min=1e-12)).unflatten(0, (h, w)).cpu().numpy()))
+        rows[-1].putpixel((node % w, node // w), (0, 160, 255))
+
+    y0, x0, y1, x1 = view.box
     scale = 256 / min(y1 - y0, x1 - x0)
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
-    tiles = [
-        tile("1  where the object is, roughly", seen, size),
-        tile(f"2  features ({result.backbone}), PCA", Image.fromarray((colours * 255).astype(np.uint8)), size),
-        tile("3  graph: row of the blue patch", Image.fromarray(row), size),
-        tile("4  soft assignment", Image.fromarray(heat(result.assignment[..., -1])), size),
-        tile("5  refined mask", overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]), size),
-    ]
-    return side_by_side(tiles, len(tiles))
+    pictures = {
+        "1  where the object is, roughly": located,
+        f"2  features ({Path(result.backbone).name}), PCA": Image.fromarray((colours * 255).astype(np.uint8)),
+        "3  graph: edges of the blue patch": rows[0],
+        "4  its attention, first layer": rows[1],
+        "5  soft assignment": heatmap(result.assignment[..., -1]),
+        "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]),
+    }
+    return image_grid([captioned(text, picture, size) for text, picture in pictures.items()], len(pictures))
+
+
+def palette_image(labels):
+    """Labels (height,width) uint8 as a palette image: its pixels are the labels, its palette makes them visible."""
+    picture = Image.fromarray(labels)
+    picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])  # all 256 colours, or Pillow would save fewer bits
+    return picture
 
 
 # Command line --------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm"}
-
-
-def in_colours(labels):
-    """Labels (H,W) uint8 as an image whose pixels are the labels, and whose palette makes them visible."""
-    picture = Image.fromarray(labels)
-    picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])  # a full one, or Pillow saves fewer bits
-    return picture
-
-
-KINDS = {  # of output: what it is, and the PIL image of a Segmentation
+OUTPUTS = {  # what each is, and the function of a Segmentation and a Config that makes its PIL image
     "probability": ("8 bit", lambda result, _: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))),
-    "labels": ("the clusters in colours", lambda result, _: in_colours(result.labels)),
-    "overlay": ("the mask on the image", lambda result, _: overlay(result.image, result.mask)),
+    "labels": ("the clusters as a palette image", lambda result, _: palette_image(result.labels)),
+    "overlay": ("the mask over the photograph", lambda result, _: overlay(result.image, result.mask)),
     "explain": ("the stages side by side", explain),
     "mask": (None, lambda result, _: Image.fromarray(result.mask.astype(np.uint8) * 255)),
 }
 
 
-def whole_numbers(text):
-    """A text such as 1,2,3 as a tuple."""
+def parse_ints(text):
+    """A text such as 1,2,3 as a tuple of integers."""
     return tuple(int(number) for number in text.split(","))
 
 
 def add_config_flags(parser):
-    """A flag for every field of Config, with its help, choices and default."""
+    """Add a flag for every field of Config, with its help, choices and default."""
     group = parser.add_argument_group("hyper-parameters (source of the default in brackets)")
     for field in dataclasses.fields(Config):
         flag, default, info = "--" + field.name.replace("_", "-"), field.default, field.metadata
         if isinstance(default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
+            kwargs = {"action": argparse.BooleanOptionalAction}
         else:
-            how = {"type": whole_numbers if isinstance(default, tuple) else type(default), "choices": info["choices"]}
+            kwargs = {"type": parse_ints if isinstance(default, tuple) else type(default), "choices": info["choices"]}
         text = f"{info['help']}; default {default} [{info['source']}]"
-        group.add_argument(flag, default=default, help=text, **how)
+        group.add_argument(flag, default=default, help=text, **kwargs)
 
 
 def add_backbone_flags(parser):
-    """The flags that say which features and where, the same for both programs."""
-    parser.add_argument("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, colour alone; auto "
-                        "(default), DINO's if they can be had; or FILE.py, which defines extract(view)")  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="DINO's weights file, not torch.hub's cache or a download")
+    """Add the flags that choose the features and the device; both programs have them."""
+    parser.add_argument("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, the colour alone; "
+                        "auto (default), DINO's if they are available; FILE.py, which defines extract(view)")  # fmt: skip
+    parser.add_argument("--weights", type=Path, help="file with DINO's weights; default: torch.hub's cache or a download")
     parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
 
 
-def config_from(options):
-    """The Config that parsed flags ask for. Raises ValueError for a value out of range."""
-    return Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)})
+def config_from_args(args):
+    """The Config of parsed arguments. Raises ValueError for a value out of range."""
+    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
 
 
 def build_parser():
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="unsegmedgat.py",
         description="Unsupervised segmentation of medical photographs (UnSegMedGAT). Not a medical device.",
-        epilog="Exit code: 0 all done, 1 some image failed, 2 wrong use, 130 interrupted. What is written is whole.",
+        epilog="Exit code: 0 all images done, 1 some image failed, 2 wrong use, 130 interrupted. Outputs appear whole.",
     )
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
-    hint = parser.add_mutually_exclusive_group().add_argument
-    hint("--point", type=whole_numbers, action="append", metavar="X,Y", help="px, near the middle of the object")
-    hint("--box", type=whole_numbers, action="append", metavar="X0,Y0,X1,Y1",
-         help="px, around the object, tight or loose; outside it is background")  # fmt: skip
-    for kind, (what, _) in KINDS.items():
+    add_prompt = parser.add_mutually_exclusive_group().add_argument
+    add_prompt("--point", type=parse_ints, action="append", metavar="X,Y", help="px, near the middle of the object")
+    add_prompt("--box", type=parse_ints, action="append", metavar="X0,Y0,X1,Y1",
+               help="px, a rectangle around the object, tight or loose; all else is background")  # fmt: skip
+    for kind, (what, _) in OUTPUTS.items():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
     add_backbone_flags(parser)
-    add("--preset", choices=PRESETS, help="the paper's settings, where it gives them")
-    add("--skip-existing", action="store_true", help="leave alone the images whose outputs all exist")
-    add("--workers", type=int, default=0, metavar="N", help="threads that share several images; default: as many as "
-        "torch has, OMP_NUM_THREADS or the cores, at most 4 on a GPU. Of no influence on the outputs")  # fmt: skip
-    add("--quiet", action="store_true", help="only warnings and errors")
-    add("--verbose", action="store_true", help="seconds of every stage")
+    add("--preset", choices=PRESETS, help="the paper's settings, where it states them")
+    add("--skip-existing", action="store_true", help="skip images whose outputs all exist")
+    add("--workers", type=int, default=0, metavar="N", help="threads that segment images side by side; default: as many "
+        "as torch uses (OMP_NUM_THREADS, or the cores), at most 4 on a GPU. The outputs do not depend on it")  # fmt: skip
+    add("--quiet", action="store_true", help="print warnings and errors only")
+    add("--verbose", action="store_true", help="print the seconds of every stage")
     add_config_flags(parser)
     return parser
 
 
-def parse_options(parser, argv=None, presets=PRESETS):
-    """The parsed options, where a preset changes the defaults and the flags given still win."""
-    options = parser.parse_args(argv)
-    parser.set_defaults(**presets.get(options.preset, {}))
+def parse_args(parser, argv=None, presets=PRESETS):
+    """The parsed arguments; a preset changes the defaults, and flags that are given override it."""
+    args = parser.parse_args(argv)
+    parser.set_defaults(**presets.get(args.preset, {}))
     return parser.parse_args(argv)
 
 
 def is_image(path):
-    """Whether a file in a folder looks like one to segment, by its name."""
+    """Whether a file is taken for an image, by its name."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def warn_of_others(folder):
-    """Say in one line how many entries of a folder are no images, and of what kind; nothing where there are none."""
-    others = [path for path in folder.iterdir() if not is_image(path) and not path.name.startswith(".")]
-    kinds = Counter("folders" if path.is_dir() else path.suffix.lower() or "no suffix" for path in others)
-    if others and rank_and_world()[0] == 0:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        log.warning("%s: %d entries are left out, as they are no images that are read here: %s", folder, len(others), kinds)
+def list_images(folder):
+    """The images in a folder, sorted. One warning counts the other entries. Raises ValueError where there is none."""
+    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    images = [path for path in entries if is_image(path)]
+    if not images:
+        raise ValueError(f"{folder}: there is no image in this folder")
+    kinds = Counter("folder" if path.is_dir() else path.suffix.lower() or "without suffix"
+                    for path in entries if path not in set(images))  # fmt: skip
+    if kinds and rank_and_world()[0] == 0:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        log.warning("%s: %d entries are skipped, as they are not images that are read here: %s",
+                    folder, kinds.total(), counts)  # fmt: skip
+    return images
 
 
-def plan_outputs(options):
-    """Pairs (image, {kind: output path}), checked before any work: one writer an output, and no output is an input."""
-    images, output = [], options.output
-    for path in options.images:
-        inside = [p for p in sorted(path.iterdir()) if is_image(p)] if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path}: there is no image in this folder")
-        if path.is_dir() and os.path.realpath(path) == os.path.realpath(output):  # the masks would be the next run's images
+def plan_outputs(args):
+    """Pairs (image, {kind: output path}), checked before any work: no two outputs share a path, and none overwrites an
+    input. Raises ValueError."""
+    images, output = [], args.output
+    for path in args.images:
+        if path.is_dir() and os.path.realpath(path) == os.path.realpath(output):  # masks would be the next run's images
             raise ValueError(f"{path}: is an input; choose another folder for the masks")
-        if path.is_dir():
-            warn_of_others(path)
-        images += inside
+        images += list_images(path) if path.is_dir() else [path]
     single = output.suffix.lower() == ".png" and not output.is_dir()
-    if single and images != options.images[:1]:
+    if single and images != args.images[:1]:
         raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
     if not single and output.suffix and not output.is_dir():
-        raise ValueError(f"{output}: a mask's name ends in .png; for a folder of that name, make it first")
+        raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
 
-    kinds = [kind for kind, (what, _) in KINDS.items() if not what or getattr(options, kind)]
+    kinds = [kind for kind, (what, _) in OUTPUTS.items() if not what or getattr(args, kind)]
     plan, taken = [], {os.path.realpath(image): "an input" for image in images}
     for image in images:
         mask = output if single else output / f"{image.stem}.png"
         outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
         for path in outputs.values():
-            if path.is_dir() or os.path.realpath(path) in taken:
-                what = taken.get(os.path.realpath(path), "a folder")
-                raise ValueError(f"{path}: would be written for {image}, but it is {what}; "
+            real = os.path.realpath(path)
+            if path.is_dir() or real in taken:
+                raise ValueError(f"{path}: would be written for {image}, but it is {taken.get(real, 'a folder')}; "
                                  "choose another output, or rename an image")  # fmt: skip
-            taken[os.path.realpath(path)] = f"written for {image}"
+            taken[real] = f"written for {image}"
         plan.append((image, outputs))
-    folder = output if output.is_dir() else output.parent  # where something is to be written
+    folder = output if output.is_dir() else output.parent
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: there is no such folder, or no permission to write there")
     return plan
 
 
-PART = re.compile(r"\..*\.[0-9a-f]{32}\.part")  # the name of what `whole` writes
-STALE = 3600  # s, the age at which a part was left behind by a killed run: writing one takes seconds
+PART = re.compile(r"\..*\.[0-9a-f]{32}\.part")  # the name of a file that `atomic_write` has not finished
+STALE_SECONDS = 3600  # a part of this age was left by a killed run, as writing one takes seconds
 
 
 @contextlib.contextmanager
-def whole(path):
-    """A path to write to, beside `path`; then what was written is renamed to it: it appears whole or not at all.
+def atomic_write(path):
+    """Yield a path to write to, in the same folder; afterwards rename it to `path`, which so appears whole or not at all.
 
-    Each has a name of its own, as two runs may write into one folder.
+    Every writer has a path of its own, as two runs may write into one folder.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -1480,149 +1641,179 @@ def whole(path):
 
 
 def remove_stale_parts(folder):
-    """Remove what killed runs left behind of `whole` in a folder."""
+    """Remove the unfinished files that killed runs have left in a folder."""
     for path in folder.glob(".*.part"):
-        with contextlib.suppress(OSError):  # another run may be faster
-            if PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE:
+        with contextlib.suppress(OSError):  # another run may remove it first
+            if PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
-def say(text):
-    """Print a line; where nobody reads any more (`| head`, a closed terminal, a full disk), go on in silence."""
+def print_line(text):
+    """Print a line; where it cannot be written (`| head`, a closed terminal, a full disk), print nothing from then on."""
     try:
         print(text, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, to the end of the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open to the end of the process
 
 
-def segment_to_files(image, outputs, config, how, verbose):
-    """One image from file to files: (what to say of it, None), or (None, why it failed)."""
+def segment_to_files(image, outputs, config, segment_kwargs, verbose):
+    """Segment one image and write its outputs: (a message, None), or (None, the error in one line)."""
     start = time.perf_counter()
     try:
-        result = segment(image, config, **how)
+        result = segment(image, config, **segment_kwargs)
         for kind, path in outputs.items():
-            with whole(path) as part:
-                KINDS[kind][1](result, config).save(part, format="PNG")
-    except Exception as error:  # whatever becomes of one image, the others go on
-        return None, reason(error)
-    said = (f"foreground {result.mask.mean():.1%}, modularity {result.modularity:.3f}, backbone {result.backbone}, "
-            f"{time.perf_counter() - start:.1f} s")  # fmt: skip
-    return said + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
+            with atomic_write(path) as part:
+                OUTPUTS[kind][1](result, config).save(part, format="PNG")
+    except Exception as error:  # whatever happens to one image, the others are done
+        return None, one_line(error)
+    message = (f"foreground {result.mask.mean():.1%}, modularity {result.modularity:.3f}, backbone {result.backbone}, "
+               f"{time.perf_counter() - start:.1f} s")  # fmt: skip
+    return message + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
 
 
-def distributed_run():
-    """Whether this is one of the processes of a torch.distributed run; some builds of torch have none."""
+def in_distributed_run():
+    """Whether this process is one of a torch.distributed run; some builds of torch have no distributed."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank_and_world():
-    """The number of this process and how many there are in a torch.distributed run; (0, 1) without one."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed_run() else (0, 1)
+    """The rank of this process and the number of processes; (0, 1) outside a torch.distributed run."""
+    return (distributed.get_rank(), distributed.get_world_size()) if in_distributed_run() else (0, 1)
 
 
 def gather(value):
-    """The value of every rank of a torch.distributed run, in order; [value] without one."""
+    """The value of every rank of a torch.distributed run, in order; [value] outside one."""
     values = [value] * rank_and_world()[1]
-    if distributed_run():
+    if in_distributed_run():
         distributed.all_gather_object(values, value)
     return values
 
 
-def backbone_from(options, device):
-    """The Backbone that parsed flags ask for. Raises ValueError where the ranks of a run have different ones."""
-    backbone = load_backbone(options.backbone, options.weights, options.branch, device, not options.quiet)
+def backbone_from_args(args, device):
+    """The Backbone of parsed arguments. Raises ValueError where the ranks of a run have different ones."""
+    backbone = load_backbone(args.backbone, args.weights, args.branch, device, not args.quiet)
     if len(set(gather(backbone.name))) > 1:
-        raise ValueError("DINO's weights are at hand for some ranks only: give --weights, or --backbone builtin")
+        raise ValueError("DINO's weights are available to some ranks only: pass --weights, or --backbone builtin")
     return backbone
 
 
-def run(options):
-    """Segment what the options ask for; returns the exit code. Raises ValueError or OSError for wrong use."""
-    if options.workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {options.workers}")
-    hints = {}
+def prompts_from_args(args):
+    """{"box": four integers or None, "point": two or None}. Raises ValueError for another number of them."""
+    prompts = {}
     for name, count in ("box", 4), ("point", 2):
-        given = getattr(options, name) or [None]
+        given = getattr(args, name) or [None]
         if len(given) > 1:
             raise ValueError(f"--{name} is given {len(given)} times, but one object is segmented: give it once")
         if given[0] and len(given[0]) != count:
-            raise ValueError(f"--{name} needs {count} whole numbers with commas between")
-        hints[name] = given[0]
-    config, plan, (rank, world) = config_from(options), plan_outputs(options), rank_and_world()
+            raise ValueError(f"--{name} needs {count} integers with commas between")
+        prompts[name] = given[0]
+    return prompts
+
+
+def shared_parameters(node_sets, config, device, quiet):
+    """The parameters of the collective phase over the nodes of all images that can be read.
+
+    node_sets: functions that return a View, features and weights. An image that fails is left out here; its own turn
+    reports the error.
+    """
+    readable = []
+    for extract in node_sets:
+        with contextlib.suppress(Exception):
+            _, features, weights = extract()
+            readable.append((features.cpu(), weights.cpu()))
+    return fit_collective(readable, config, device, quiet)
+
+
+def segment_all(args):
+    """Segment the images of parsed arguments; returns the exit code. Raises ValueError or OSError for wrong use."""
+    if args.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {args.workers}")
+    prompts, config, plan = prompts_from_args(args), config_from_args(args), plan_outputs(args)
+    rank, world = rank_and_world()
     share = [*enumerate(plan, 1)][rank::world]
-    todo = [(number, (image, outputs)) for number, (image, outputs) in share
-            if not (options.skip_existing and all(path.exists() for path in outputs.values()))]  # fmt: skip
-    if len(todo) < len(share) and not options.quiet:
-        say(f"{len(share) - len(todo)} of {len(share)} images are left alone, as their outputs exist")
-    if not any(gather(bool(todo))):  # all ranks together: one with nothing to do is waited for below
+    todo = [(number, item) for number, item in share
+            if not (args.skip_existing and all(path.exists() for path in item[1].values()))]  # fmt: skip
+    if len(todo) < len(share) and not args.quiet:
+        print_line(f"{len(share) - len(todo)} of {len(share)} images are skipped, as their outputs exist")
+    if not any(gather(bool(todo))):  # of all ranks: those that have nothing to do wait for the others below
         return 0
-    device = pick_device(options.device)
-    backbone = backbone_from(options, device)
+    device = pick_device(args.device)
+    backbone = backbone_from_args(args, device)
     folder = plan[0][1]["mask"].parent
     folder.mkdir(exist_ok=True)
     remove_stale_parts(folder)
-    how = hints | {"device": device, "backbone": backbone}
-    if config.collective:  # over all the images on every rank: all have the same parameters, also after --skip-existing
-        scenes = []
-        for image, _ in plan:
-            with contextlib.suppress(Exception):  # of which the image's own turn will tell
-                scenes.append([x.cpu() for x in extract_nodes(load_image(image), config, backbone, device, **hints)[1:]])
-        how["shared"] = fit_collective(scenes, config, device, options.quiet or rank > 0)
+    segment_kwargs = {**prompts, "device": device, "backbone": backbone}
+    if config.shared_epochs:  # over all images on every rank, so that all ranks have the same parameters
+        segment_kwargs["shared"] = shared_parameters(
+            [lambda path=path: extract_nodes(load_image(path), config, backbone, device, **prompts) for path, _ in plan],
+            config, device, args.quiet or rank > 0,
+        )  # fmt: skip
+    return report_failures(segment_in_threads(todo, len(plan), config, segment_kwargs, args), len(plan))
+
+
+def segment_in_threads(todo, count, config, segment_kwargs, args):
+    """Segment numbered items (number, (image, outputs)) of `count` and print a line for each; returns what failed."""
     cores, failures = torch.get_num_threads(), []
-    workers = options.workers or (min(cores, 4) if device.type == "cuda" else cores)
-    # Images run side by side, each on one torch thread (torch lets go of Python's lock): two threads that share an
-    # operation wait for each other, and sums keep their order, so that the outputs do not depend on the workers.
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])
+    on_cuda = segment_kwargs["device"].type == "cuda"
+    # Images run side by side, each with one torch thread: two threads that share an operation would wait for each
+    # other, and sums keep their order, so the outputs do not depend on the number of workers.
+    pool = ThreadPoolExecutor(args.workers or (min(cores, 4) if on_cuda else cores),
+                              initializer=torch.set_num_threads, initargs=[1])  # fmt: skip
     try:
-        in_order = pool.map if len(plan) > 1 else map
-        done = in_order(lambda item: segment_to_files(*item[1], config, how, options.verbose), todo)
-        for (number, (image, outputs)), (said, why) in zip(todo, done):
-            if why:
+        map_in_order = pool.map if count > 1 else map
+        results = map_in_order(lambda item: segment_to_files(*item[1], config, segment_kwargs, args.verbose), todo)
+        for (number, (image, outputs)), (message, error) in zip(todo, results):
+            if error:
                 failures.append(image)
-                log.error("%s: %s", image, why)
-            elif not options.quiet:
-                say(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {said}")
+                log.error("%s: %s", image, error)
+            elif not args.quiet:
+                print_line(f"[{number}/{count}] {image} -> {outputs['mask']}  {message}")
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt only what is begun is finished
+        pool.shutdown(cancel_futures=True)  # after an interrupt the images that have begun are finished
+    return failures
+
+
+def report_failures(failures, count):
+    """Log the images that failed on any rank, of `count`; returns the exit code."""
     failures = sum(gather(failures), [])
-    if rank > 0:  # the first rank tells: torchrun ends them all as soon as one has failed
+    if rank_and_world()[0] > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
         return 0
-    if failures and len(plan) > 1:
+    if failures and count > 1:
         log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
     return 1 if failures else 0
 
 
-def exit_code(program, advice):
-    """What program() returns; or 2 after an error, which is said in one line, and 130 after an interrupt.
+def run_program(program, advice):
+    """The exit code of program(): what it returns, 2 after an error, which is logged in one line, 130 after an interrupt.
 
-    Under torchrun its processes are connected meanwhile, to share the images: see `rank_and_world`.
+    Under torchrun the processes are connected meanwhile, to share the images; see `rank_and_world`.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # `load_image` has its own limit, and reads what it can
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # `load_image` has its own limits
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
         if "LOCAL_RANK" in os.environ:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            # gloo, as NCCL wants a GPU for each rank; a day for the slowest: torchrun ends them all when one dies
+            # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
             distributed.init_process_group("gloo", timeout=timedelta(days=1))
         return program()
     except (ValueError, OSError, RuntimeError) as error:
-        log.error("%s", reason(error))
+        log.error("%s", one_line(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted; %s", advice)
         return 130
     finally:
-        if distributed_run():
+        if in_distributed_run():
             distributed.destroy_process_group()
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    advice = "what is written is whole, and --skip-existing goes on from here"
-    return exit_code(lambda: run(parse_options(build_parser(), argv)), advice)
+    advice = "the outputs that exist are whole, and --skip-existing continues from here"
+    return run_program(lambda: segment_all(parse_args(build_parser(), argv)), advice)
 
 
 if __name__ == "__main__":
