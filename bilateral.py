@@ -1,13 +1,12 @@
 """The fast bilateral solver on NumPy and SciPy, for masks, depth maps or any other per-pixel target.
 
-J. T. Barron and B. Poole, "The Fast Bilateral Solver", ECCV 2016. The solver looks for the smoothest
-image, in the bilateral sense (near in place *and* in colour), that stays close to the target where
-the target is trusted:
+J. T. Barron and B. Poole, "The Fast Bilateral Solver", ECCV 2016. The solution x is smooth between pixels that are
+near each other and have similar colours (W_ij is large), and close to the target t where its confidence c is high:
 
     minimise  smoothness / 2 * sum_ij W_ij (x_i - x_j)^2  +  sum_i c_i (x_i - t_i)^2
 
-It is solved not over pixels but over the few occupied cells ("vertices") of a coarse grid over
-(row, column, luma, two chromas). Nothing here needs torch:
+It is not solved for pixels but for the few occupied cells ("vertices") of a coarse grid over (row, column, luma,
+chroma, chroma). Torch is not needed:
 
     from bilateral import solve
     soft = solve(mask, photo)            # mask (H,W) in [0,1], photo (H,W,3) uint8
@@ -29,9 +28,9 @@ class BilateralGrid:
     guide: (H,W,3) uint8, RGB. sigma_spatial in pixels, sigma_luma and sigma_chroma in grey levels: the sides of a cell.
     Raises ValueError for another shape or type, or a sigma that is no number of at least 1e-9.
 
-    A cell's five integer coordinates become one integer in mixed radix, so that two cells never share a
-    key, whatever the size of the image. Every radix has a value to spare, which no pixel takes: the key
-    plus one step along an axis is then either that neighbour's key or nobody's, with no wrapping round.
+    The five integer coordinates of a cell are written as one integer key in mixed radix, so two cells never share a
+    key, whatever the size of the image. Every radix is larger by one than its axis needs: the key plus one step along
+    an axis is then the key of that neighbour, or no cell's key.
     """
 
     def __init__(self, guide, sigma_spatial=11, sigma_luma=5, sigma_chroma=5):
@@ -52,83 +51,74 @@ class BilateralGrid:
             raise ValueError("the grid has more cells than a 64-bit key can number: use larger sigmas")
         steps = steps.astype(np.int64)
 
-        # Rows of one band of cells share the leading digit of the key: the bands are sorted apart, which is
-        # exact, faster than one long sort (a band stays in cache) and keeps the temporaries small.
+        # Pixels in one row of cells share the leading digit of the key. Each such band is sorted by itself: the result
+        # is the same as of one long sort, faster (a band stays in cache), and the temporary arrays are small.
         keys, self.pixel_vertex, count = [], np.empty(guide.shape[:2], np.int32), 0
         for band in np.split(np.arange(height), np.flatnonzero(np.diff(row)) + 1):
-            rows = slice(band[0], band[-1] + 1)
-            yuv = guide[rows].reshape(-1, 3).astype(np.float32) @ RGB_TO_YUV.T  # (band pixels, 3)
+            band_rows = slice(band[0], band[-1] + 1)
+            yuv = guide[band_rows].reshape(-1, 3).astype(np.float32) @ RGB_TO_YUV.T  # (band pixels, 3)
             yuv += np.float32([0, 128, 128])
             bins = (yuv / np.float32([sigma_luma, sigma_chroma, sigma_chroma])).astype(np.int64)
             key = bins @ steps[2:] + np.tile(column * steps[1], len(band)) + row[band[0]] * steps[0]
             unique, inverse = np.unique(key, return_inverse=True)
             keys.append(unique)
-            self.pixel_vertex[rows] = inverse.reshape(len(band), width) + count
+            self.pixel_vertex[band_rows] = inverse.reshape(len(band), width) + count
             count += len(unique)
         self.pixel_vertex = self.pixel_vertex.ravel()  # (P,) the vertex of each pixel
         keys = np.concatenate(keys)  # (V,) ascending
         self.vertices = len(keys)
         self.mass = np.bincount(self.pixel_vertex, minlength=self.vertices).astype(float)  # (V,) pixels in a vertex
 
-        # The blur along each axis is [1 2 1], their sum over the five axes is one sparse matrix.
-        here, there = [np.arange(self.vertices)], [np.arange(self.vertices)]
+        # The blur along each axis is [1 2 1]; the sum over the five axes is one sparse matrix.
+        rows, columns = [np.arange(self.vertices)], [np.arange(self.vertices)]
         for step in steps:
             found = np.minimum(np.searchsorted(keys, keys + step), self.vertices - 1)
             pairs = np.flatnonzero(keys[found] == keys + step)
-            here += [pairs, found[pairs]]
-            there += [found[pairs], pairs]
-        weights = np.ones(sum(map(len, here)))
+            rows += [pairs, found[pairs]]
+            columns += [found[pairs], pairs]
+        weights = np.ones(sum(map(len, rows)))
         weights[: self.vertices] = 2 * len(steps)
-        here, there = np.concatenate(here).astype(np.int32), np.concatenate(there).astype(np.int32)
-        self.blur = coo_matrix((weights, (here, there)), shape=(self.vertices, self.vertices)).tocsr()  # (V,V)
+        rows, columns = np.concatenate(rows).astype(np.int32), np.concatenate(columns).astype(np.int32)
+        self.blur = coo_matrix((weights, (rows, columns)), shape=(self.vertices, self.vertices)).tocsr()  # (V,V)
 
     def splat(self, values):
         """Sum pixel values (H,W) over each vertex: (V,)."""
         return np.bincount(self.pixel_vertex, weights=np.asarray(values).ravel(), minlength=self.vertices)
 
     def slice(self, values):
-        """Read vertex values (V,) back at each pixel: (H,W)."""
+        """The value of each pixel's vertex, from vertex values (V,): (H,W)."""
         return values[self.pixel_vertex].reshape(self.shape)
 
     def smoothness_matrix(self, iterations=10):
         """The Laplacian D_m - D_n B D_n of the bistochastised blur B, (V,V) sparse (section 2.2, algorithm 1).
 
-        n is found by fixed-point iteration such that every row of D_n B D_n sums to the mass of its vertex;
-        each row of the Laplacian then sums to zero, so that a constant image costs nothing.
+        n is found by fixed-point iteration such that every row of D_n B D_n sums to the mass of its vertex. Each row of
+        the Laplacian sums to zero, so a constant image has no smoothness cost.
         """
         n = np.ones(self.vertices)
         for _ in range(iterations):
             n = np.sqrt(n * self.mass / (self.blur @ n))
-        # The rows' own sums stand in for the mass: equal to it in the limit, and they make the zero exact now.
+        # The sums of the rows in place of the mass: they are equal in the limit, and the rows now sum to exactly zero.
         scaled = diags(n) @ self.blur @ diags(n)
         return diags(scaled @ np.ones(self.vertices)) - scaled
 
 
-def solve(
-    target,
-    guide,
-    confidence=0.999,
-    sigma_spatial=11,
-    sigma_luma=5,
-    sigma_chroma=5,
-    smoothness=256,
-    iterations=25,
-    tolerance=1e-5,
-):
+def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma_chroma=5, smoothness=256,
+          iterations=25, tolerance=1e-5):  # fmt: skip
     """Smooth a target along the edges of a photograph: equation (8) of Barron and Poole 2016.
 
     target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
-    guide: (H,W,3) uint8 RGB, the photograph whose edges count.
-    confidence: one number of at least 0, or (H,W): how much each pixel of the target is trusted. In the paper it is at
-        most 1, but only its ratio to smoothness counts. Where it is zero the solution comes from the neighbourhood
-        alone; if it is zero everywhere, the answer is the target's mean.
-    smoothness: lambda, the weight of the smoothness term; sigmas: see BilateralGrid.
-    iterations, tolerance: at most so many steps of conjugate gradients with Jacobi's preconditioner, stopping
-        earlier at this relative residual.
-    Returns float64 of the target's shape, soft (not rounded); it can leave the target's range by the tolerance.
-    The answer is the same for a target, or a confidence and a smoothness, in another unit.
-    Raises ValueError for shapes that disagree, masked arrays, values that are not finite, a confidence below 0 or
-    infinite, a target that spans more than float64, a smoothness over 1e100 times the confidence.
+    guide: (H,W,3) uint8 RGB, the photograph whose edges the solution follows.
+    confidence: one number of at least 0, or (H,W), the weight of each pixel's target. In the paper it is at most 1, but
+        only its ratio to smoothness matters. Where it is 0 the solution is interpolated from the neighbourhood; where
+        it is 0 everywhere, the solution is the target's mean.
+    smoothness: lambda, the weight of the smoothness term. sigma_*: see BilateralGrid.
+    iterations, tolerance: largest number of steps of conjugate gradients with Jacobi's preconditioner, and the relative
+        residual at which they stop earlier.
+    Returns float64 of the target's shape, not rounded; it can leave the target's range by about the tolerance. Scaling
+    the target scales the solution; scaling both confidence and smoothness does not change it.
+    Raises ValueError for shapes that disagree, masked arrays, values that are not finite, a confidence below 0, a
+    target whose range overflows float64, and a smoothness over 1e100 times the confidence.
     """
     if np.ma.isMaskedArray(target) or np.ma.isMaskedArray(confidence):
         raise ValueError("masked arrays are not supported: fill the target and give confidence 0 where it is masked")
@@ -143,7 +133,7 @@ def solve(
     if not 0 <= smoothness < np.inf:
         raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
 
-    # In units of their own largest values, so that no product leaves the range of float64
+    # Scaled by their largest values, so that no product leaves the range of float64
     offset, peak = float(target.min()), float(confidence.max())
     unit = float(target.max()) - offset or 1.0
     if not unit < np.inf:
@@ -155,17 +145,17 @@ def solve(
         confidence, smoothness = confidence / peak, smoothness / peak
 
     grid = BilateralGrid(guide, sigma_spatial, sigma_luma, sigma_chroma)
-    trust = grid.splat(confidence)  # (V,)
-    system = (smoothness * grid.smoothness_matrix() + diags(trust)).tocsr()
+    data_weight = grid.splat(confidence)  # (V,)
+    system = (smoothness * grid.smoothness_matrix() + diags(data_weight)).tocsr()
     diagonal = system.diagonal()
     precondition = diags(1 / np.where(diagonal > 0, diagonal, 1))
     solution = np.empty(target.shape)
     for k in np.ndindex(target.shape[2:]):  # once for (H,W), K times for (H,W,K)
-        evidence = grid.splat(confidence * target[(..., *k)])  # (V,)
-        mean = evidence.sum() / trust.sum() if trust.any() else target[(..., *k)].mean()
-        start = np.divide(evidence, trust, out=np.full(grid.vertices, mean), where=trust > 0)
-        floor = 1e-12 * np.linalg.norm(diagonal * start)  # residuals below it are rounding: there is nothing to solve
-        how = dict(rtol=tolerance, atol=floor, maxiter=iterations, M=precondition)
-        change, _ = cg(system, evidence - system @ start, **how)
-        solution[(..., *k)] = grid.slice(start + change)
+        right_hand_side = grid.splat(confidence * target[(..., *k)])  # (V,)
+        mean = right_hand_side.sum() / data_weight.sum() if data_weight.any() else target[(..., *k)].mean()
+        start = np.divide(right_hand_side, data_weight, out=np.full(grid.vertices, mean), where=data_weight > 0)
+        rounding = 1e-12 * np.linalg.norm(diagonal * start)  # smaller residuals are rounding errors
+        cg_kwargs = dict(rtol=tolerance, atol=rounding, maxiter=iterations, M=precondition)
+        update, _ = cg(system, right_hand_side - system @ start, **cg_kwargs)
+        solution[(..., *k)] = grid.slice(start + update)
     return solution * unit + offset

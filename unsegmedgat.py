@@ -1481,7 +1481,7 @@ def explain(result, config):
         "5  soft assignment": heatmap(result.assignment[..., -1]),
         "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]),
     }
-    return image_grid([captioned(text, picture, size) for text, picture in pictures.items()], len(pictures))
+    return image_grid([captioned(text, picture, size) for text, picture in pictures.items()], columns=3)
 
 
 def palette_image(labels):
