@@ -57,7 +57,7 @@ log = logging.getLogger("eval")
 
 
 def unsegmedgat(features, adjacency, config, shared=None):
-    """The paper's method; with `shared` parameters from `fit_collective` it is UnSegMedGATc."""
+    """The paper's method; with a `shared` state_dict from `fit_collective` it is UnSegMedGATc."""
     return u.fit(features, adjacency, config, shared).assignment
 
 
@@ -78,7 +78,7 @@ def one_hot(labels, features, config):
 
 
 def normalise(adjacency):
-    """D^-1/2 A D^-1/2 (N,N), where D are the degrees (Kipf and Welling 2017); a node without edges keeps a row of zeros.
+    """D^-1/2 A D^-1/2 (N,N), where D are the degrees (Kipf and Welling 2017); a row of zeros for a node without edges.
 
     Their A + I is A here, as eq. (1) has self-loops.
     """
@@ -139,9 +139,9 @@ class ARMALayer(nn.Module):
 def optimise(features, adjacency, config, layer_class, loss):
     """The assignment (N,K) of one graph convolution and a perceptron that minimise a loss, over all epochs.
 
-    layer_class: called with the input and output widths and the activation. loss: a function of the assignment, A (N,N),
-    the normalised A, and config. Ours are the width, the perceptron's single hidden layer and five times the learning
-    rate (at the rate itself unseggnet loses 7 points of mIoU on ISIC).
+    layer_class: called with the input and output widths and the activation. loss: a function of the assignment, A
+    (N,N), the normalised A, and config. The width, the perceptron's single hidden layer and five times the learning
+    rate are ours (at the rate itself unseggnet loses 7 points of mIoU on ISIC).
     """
     width, activation = config.fc_dim, u.ACTIVATIONS[config.activation]()
 
@@ -151,7 +151,7 @@ def optimise(features, adjacency, config, layer_class, loss):
 
     (layer, perceptron), optimizer = u.seeded_model(build, config, features.device, 5 * config.lr)
     propagation = normalise(adjacency)
-    x = u.centre_and_scale(features, propagation)
+    x = u.centre_and_scale(features, adjacency)
 
     def assign():
         return perceptron(layer(x, propagation)).softmax(1)
@@ -221,8 +221,8 @@ def trivial_baselines(protocol, shape, prompt):
 def oracle_backbone(truth, noise, seed):
     """A Backbone whose features are made from the truth (height,width) bool: an ideal backbone, with noise.
 
-    It separates the quality of the program from that of a backbone. For a patch that the object covers to the share c
-    in [0,1], in region l of the photograph's own colours and positions,
+    It separates the quality of the program from that of a backbone. For a patch of which the object covers the fraction
+    c, in region l of a k-means clustering of colours and positions,
         f = c o + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384),    o = 0.35 e0 + 0.94 e1,
     where e0, e1 and r_1..r_4 are random unit vectors of 384 dimensions, the same for all images, and g is standard
     normal. seed: a list of integers, the seed of g.
@@ -231,7 +231,7 @@ def oracle_backbone(truth, noise, seed):
     e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
 
     def extract(view):
-        y0, x0, y1, x1 = view.box
+        y0, x0, y1, x1 = view.crop
         covered = torch.from_numpy(truth[y0:y1, x0:x1]).float()[None, None]
         covered = F.interpolate(covered, size=view.image.shape[1:], mode="bilinear", antialias=True)
         c = F.avg_pool2d(covered, u.PATCH, view.stride)[0, 0]  # (h,w)
@@ -240,7 +240,7 @@ def oracle_backbone(truth, noise, seed):
         appearance = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
         _, label = scipy.cluster.vq.kmeans2(appearance, len(regions), iter=20, minit="++", seed=0)
         background = 0.75 * e0 + 0.66 * torch.stack(regions)[label]  # (N,384)
-        g = torch.from_numpy(np.random.default_rng([*seed, *view.box]).standard_normal(background.shape)).float()
+        g = torch.from_numpy(np.random.default_rng([*seed, *view.crop]).standard_normal(background.shape)).float()
         c = c.reshape(-1, 1)
         return c * (0.35 * e0 + 0.94 * e1) + (1 - c) * background + noise / math.sqrt(384) * g
 
@@ -288,7 +288,7 @@ def pixels(tolerance, diagonal):
     return float(match[1]) * (diagonal / 100 if match[2] == "%" else 1)
 
 
-def interval(values, groups=None, seed=0, resamples=2000):
+def bootstrap_interval(values, groups=None, seed=0, resamples=2000):
     """The 95 % bootstrap interval of the mean of values (n,): (low, high) by the percentile method.
 
     groups: (n,) labels, optional; whole groups are then resampled, as the frames of one sequence are not independent.
@@ -320,7 +320,7 @@ def files_below(folder):
 
 
 def by_stem(paths, stems=None):
-    """{stem: path}. With `stems`, those of the images, a mask's stem that is not one of them loses its ending _mask.
+    """{stem: path}. With the `stems` of images, a mask's stem that is not among them is cut by MASK_SUFFIX.
 
     Raises ValueError for two files of one stem.
     """
@@ -328,7 +328,7 @@ def by_stem(paths, stems=None):
     for path in paths:
         stem = path.stem if stems is None or path.stem in stems else MASK_SUFFIX.sub("", path.stem)
         if stem in table:
-            raise ValueError(f"{path}: images and masks are paired by name, but {table[stem]} has the same; move one away")
+            raise ValueError(f"{path}: files are paired by name, but {table[stem]} has the same name; move one away")
         table[stem] = path
     return table
 
@@ -336,8 +336,8 @@ def by_stem(paths, stems=None):
 def pair_files(images, masks):
     """Pair the images and masks of two folders by stem: ({stem: (image, mask)}, [file without a partner]).
 
-    Subfolders are searched too, extensions may differ, and a mask's stem may end in _segmentation, _lesion or _mask. The
-    folders may be the same. Raises ValueError for two files of one name, or where there is no pair.
+    Subfolders are searched too, extensions may differ, and a mask's stem may end in _segmentation, _lesion or _mask.
+    The folders may be the same. Raises ValueError for two files of one name, or if there is no pair.
     """
     image_paths, mask_paths = files_below(images), files_below(masks)
     both = {*image_paths} & {*mask_paths}
@@ -353,9 +353,9 @@ def pair_files(images, masks):
 def load_mask(path, shape):
     """Read a mask of two values: (height,width) bool, True for the brighter one.
 
-    The values may be 0/1, 0/255, 16 bit, colours or a palette; transparency counts as black; EXIF turns the mask as it
-    does the image. Values in between are allowed as a soft rim. A JPEG or WebP file is cut at half of 255.
-    Raises unsegmedgat.ImageError where it cannot be read, has other values, or differs in size from `shape`.
+    The values may be 0/1, 0/255, 16 bit, colours or a palette; transparency counts as black; EXIF turns the mask like
+    the image. Values in between are allowed as a soft rim. A JPEG or WebP file is thresholded at half of 255.
+    Raises unsegmedgat.ImageError if it cannot be read, has other values, or differs in size from `shape`.
     """
     try:
         with Image.open(path) as image:
@@ -373,7 +373,7 @@ def load_mask(path, shape):
         raise u.ImageError(f"{path}: the mask has values that are not finite numbers: make it binary, 0 and 255")
     if lossy:
         if ((values > 32) & (values < 224)).any(2).mean() > 0.2:
-            raise u.ImageError(f"{path}: this is no mask of two values but a picture: were images and masks swapped?")
+            raise u.ImageError(f"{path}: this is a picture, not a mask of two values: are images and masks swapped?")
         return values.max(2) > 127.5
     return brighter_of_two(values, path)
 
@@ -385,8 +385,8 @@ FEW = 16  # values that a mask of several classes may have; a soft rim with nois
 def brighter_of_two(values, path):
     """The pixels (height,width) bool of the brighter of two values, from values (height,width,1) or (height,width,3).
 
-    A soft rim between both is allowed, and where there are many values, noise of up to a tenth around both, as JPEG
-    leaves it. Raises unsegmedgat.ImageError for anything else: classes, a void rim around the object, soft predictions.
+    A soft rim between them is allowed, and for many values, noise of up to a tenth around them, as in a former JPEG.
+    Raises unsegmedgat.ImageError for anything else: classes, a void rim around the object, soft predictions.
     """
     if (values == values[..., :1]).all():  # grey
         values = values[..., :1]
@@ -404,8 +404,9 @@ def brighter_of_two(values, path):
     rim = ndimage.binary_dilation(dark, near, RIM) & ndimage.binary_dilation(bright, near, RIM)
     if not mixed.all() or (between & ~rim).sum() > 0.1 * between.sum():
         names = ", ".join(",".join(f"{value:g}" for value in colour) for colour in colours[:5])
-        raise u.ImageError(f"{path}: the mask has {len(colours)} values ({names}{', ...' if len(colours) > 5 else ''}), "
-                           "not two: make it binary, the object 255 and all else 0")  # fmt: skip
+        names += ", ..." if len(colours) > 5 else ""
+        raise u.ImageError(f"{path}: the mask has {len(colours)} values ({names}), not two: make it binary, the object "
+                           "255 and all else 0")  # fmt: skip
     return (share > 0.5)[index]
 
 
@@ -460,7 +461,7 @@ class EvalRun:
 class EvalImage:
     """One image under the protocol of an EvalRun: the part that is scored, the prompt, and the masks of the rows.
 
-    Raises an exception where the image, or what the protocol needs of its ground truth, cannot be read.
+    Raises an exception if the image, or what the protocol needs of its ground truth, cannot be read.
     """
 
     def __init__(self, stem, paths, run):
@@ -468,8 +469,8 @@ class EvalImage:
         self.rgb, self.scored, self.prompt, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
         protocol, noise = run.args.protocol, run.args.oracle_features
         seed = [run.config.seed, zlib.crc32(os.fsencode(stem))]
-        # Here the protocol passes something of the ground truth to a method; the table's heading says so. In the
-        # official protocol the ground truth also chooses between a mask and its inverse.
+        # Here a protocol passes part of the ground truth to a method, and the table's heading says so. In the official
+        # protocol the ground truth also chooses between a mask and its inverse.
         if protocol != "blind":
             if not self.truth.any():
                 raise u.ImageError("the ground truth is empty, so no prompt can be taken from it: "
@@ -499,7 +500,7 @@ class EvalImage:
         return np.array(Image.fromarray(array).resize(size, method)) if self.run.args.squash else array
 
     def nodes(self):
-        """The View, features and node weights of the part that is scored."""
+        """What `extract_nodes` returns for the part that is scored."""
         prompts = {name: self.prompt for name in ("point", "box") if name == self.run.args.protocol}
         rgb = self.squash(self.crop, Image.BILINEAR)
         return u.extract_nodes(rgb, self.run.config, self.backbone, self.run.device, **prompts)
@@ -507,8 +508,8 @@ class EvalImage:
     @functools.cached_property
     def graph(self):
         """The View, features, node weights and adjacency, the same for all rows."""
-        view, features, weights = self.nodes()
-        return view, features, weights, u.build_graph(features, self.run.config.tau, weights)
+        view, features, node_weights = self.nodes()
+        return view, features, node_weights, u.build_graph(features, self.run.config.tau, node_weights)
 
     def masks(self, row):
         """What a row predicts for the part that is scored: [mask]; in the official protocol [mask, inverse]."""
@@ -520,14 +521,14 @@ class EvalImage:
                 raise u.ImageError(f"there is no prediction named {self.stem}")
             mask = load_mask(predictions[self.stem], self.rgb.shape[:2])[self.scored]
         else:
-            view, features, weights, adjacency = self.graph
+            view, features, node_weights, adjacency = self.graph
             if row == LOCATED:
                 assignment = one_hot(view.inside_ellipse().flatten(), features, config)
             else:
                 assignment = self.run.methods[row](features, adjacency, config)
             size = (config.size,) * 2 if self.run.args.squash else self.crop.shape[:2]
-            mask = Image.fromarray(u.make_mask(view, assignment, adjacency, weights, config, size)["mask"])
-            mask = np.asarray(mask.resize(self.crop.shape[1::-1], Image.NEAREST))
+            maps = u.make_mask(view, assignment, adjacency, node_weights, config, size)
+            mask = np.asarray(Image.fromarray(maps["mask"]).resize(self.crop.shape[1::-1], Image.NEAREST))
         return [mask, ~mask] if self.run.args.protocol == "official" else [mask]
 
 
@@ -565,8 +566,8 @@ COLUMNS = ("settings", "image", "method", *METRICS, "seconds", "error")
 def begin_csv(path, fingerprints):
     """The scores that a CSV file holds, {(stem, row): scores}; incomplete lines and failures are removed from the file.
 
-    fingerprints: {row: digest of the settings}. Raises ValueError for another program's file, and where a row was made
-    with other settings.
+    fingerprints: {row: digest of the settings}. Raises ValueError for another program's file, and for a row that was
+    made with other settings.
     """
     header = ",".join(COLUMNS) + "\n"
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
@@ -576,7 +577,7 @@ def begin_csv(path, fingerprints):
     lines = [line for line in csv.DictReader(io.StringIO(text)) if line["error"] == ""]
     for row, settings in {(line["method"], line["settings"]) for line in lines}:
         if settings != fingerprints.get(row, settings):
-            raise ValueError(f"{path}: holds {row} with other settings, folders or (unsegmedgatc) images; name another file")
+            raise ValueError(f"{path}: holds {row} of other settings, folders or (unsegmedgatc) images; name another")
     with u.atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -596,9 +597,9 @@ def summarise(scores, stems, rows, labels, seed):
             values, first = (np.array([scores[stem, r][m] for stem in stems]) for r in (row, rows[0]))
             summary[row][m] = {
                 "mean": float(values.mean()),
-                "interval": interval(values, labels, seed),
+                "interval": bootstrap_interval(values, labels, seed),
                 "difference": float((values - first).mean()),
-                "difference_interval": interval(values - first, labels, seed),
+                "difference_interval": bootstrap_interval(values - first, labels, seed),
             }
             if labels:
                 means = {g: float(values[np.array(labels) == g].mean()) for g in dict.fromkeys(labels)}
@@ -638,7 +639,7 @@ def markdown(summary, reference=None):
         line |= {name: cell(entry[name]["mean"]) for name in ("precision", "recall")}
         line |= {"HD95": f"{entry['hd95']['mean']:.1f}", "NSD": cell(entry["nsd"]["mean"])}
         difference = cell(iou["difference"], iou["difference_interval"], "+") if lines else ""
-        lines.append(line | {"mIoU less first row's": difference, "failed": str(len(entry["failed"]))})
+        lines.append(line | {"mIoU minus first row's": difference, "failed": str(len(entry["failed"]))})
     table = [[*lines[0]], *([*line.values()] for line in lines)]
     if reference:
         for row, numbers in zip(REFERENCE_ROWS, REFERENCES[reference]):
@@ -647,7 +648,7 @@ def markdown(summary, reference=None):
 
 
 def contact_sheet(pairs, scores, row, run, columns=4):
-    """The best, median and worst images of a row, one line each: a PIL image. Yellow: truth. Blue: prediction."""
+    """The best, median and worst images of a row, a line of each: a PIL image. Yellow: truth. Blue: prediction."""
     ranked = sorted((s for s in pairs if not scores[s, row]["error"]), key=lambda stem: -scores[stem, row]["iou"])
     columns, side = min(columns, math.ceil(len(ranked) / 3)), 300  # px, of a tile
     middle = (len(ranked) - columns) // 2
@@ -670,8 +671,9 @@ def contact_sheet(pairs, scores, row, run, columns=4):
 # The settings of the authors' published code for ISIC (for ColonDB --tau 0.5; for K clusters --collapse-weight
 # 2 / K^(1/4)). Its dropout, extra edge term in the attention, division of the graph by its maximum and features without
 # normalisation are not reproduced.
-OFFICIAL = u.PRESETS["paper"] | {"tau": 0.35, "stride": 4, "heads": 1, "widths": (32, 64, 128), "layers": 1, "lr": 1e-4,
-                                 "epochs": 55, "resolution": 0.5, "collapse_weight": 2 * 2**-0.25, "squash": True}  # fmt: skip
+OFFICIAL = u.PRESETS["paper"] | {"tau": 0.35, "stride": 4, "heads": 1, "widths": (32, 64, 128), "layers": 1,
+                                 "lr": 1e-4, "epochs": 55, "resolution": 0.5, "collapse_weight": 2 * 2**-0.25,
+                                 "squash": True}  # fmt: skip
 
 
 def build_parser():
@@ -694,8 +696,8 @@ def build_parser():
         help="settings of the authors' code, or of the paper; other flags override them")  # fmt: skip
     add("--squash", action=argparse.BooleanOptionalAction, default=False,
         help="first resize to a square, as the authors' code does; part of --preset official")  # fmt: skip
-    add("--loosen", type=float, default=1.0, metavar="FACTOR", help="scale the given box about its centre, as users draw "
-        "boxes with room to spare; it is cut at the sides of the image; default 1")  # fmt: skip
+    add("--loosen", type=float, default=1.0, metavar="FACTOR", help="with --protocol box: scale the box about its "
+        "centre, as users draw boxes with room to spare, and cut it at the sides of the image; default 1")  # fmt: skip
     add("--jitter", type=int, default=0, metavar="PX",
         help="move the given point, or each side of the given box, by up to PX, seeded")  # fmt: skip
     add("--oracle-features", type=float, metavar="NOISE", help="USES GROUND TRUTH: features made from it, with noise, "
@@ -709,8 +711,8 @@ def build_parser():
     add("--csv", type=Path, help="write the scores of each image and method as they come")
     add("--resume", action="store_true", help="keep the scores in the --csv file and compute the others")
     add("--json", type=Path, help="write the table with all intervals, settings and versions")
-    add("--sheet", type=Path, help="write a .png with the first row's best, median and worst images, the outline of the "
-        "truth in yellow and of the prediction in blue")  # fmt: skip
+    add("--sheet", type=Path, help="write a .png of the first row's best, median and worst images, the truth outlined "
+        "in yellow, the prediction in blue")  # fmt: skip
     u.add_backbone_flags(parser)
     add("--quiet", action="store_true", help="no progress bars")
     u.add_config_flags(parser)
@@ -726,10 +728,10 @@ def check_args(args):
 
     unknown = [name for name in args.methods if name not in METHODS]
     require(not unknown, f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}")
-    trivial = trivial_baselines(args.protocol, (1, 1), (0, 0, 1, 1))
+    trivial = trivial_baselines(args.protocol, (1, 1), (0, 0, 1, 1))  # for their names
     names = {name for name, folder in args.predictions if folder} - {"", LOCATED, *METHODS, *trivial}
     require(len(names) == len(args.predictions),
-            "--predictions must be NAME=FOLDER, each with another name that is not a row of the table")  # fmt: skip
+            "--predictions must be NAME=FOLDER, with distinct names that are not rows of the table")  # fmt: skip
     require(args.jitter >= 0, "--jitter must be at least 0")
     require(not args.jitter or args.protocol in ("point", "box"), "--jitter needs --protocol point or box")
     require(0 < args.loosen < math.inf, "--loosen must be above 0")
@@ -738,7 +740,7 @@ def check_args(args):
         require(0 <= args.oracle_features < math.inf, "--oracle-features needs a noise of at least 0")
         require(not args.weights and args.backbone in ("auto", "builtin"),
                 "--oracle-features replaces the backbone: leave --backbone and --weights out")  # fmt: skip
-    require(not args.squash or args.protocol not in ("point", "box"), "--squash would distort the prompt: add --no-squash")
+    require(not args.squash or args.protocol not in ("point", "box"), "--squash distorts the prompt: add --no-squash")
     require(args.limit is None or args.limit >= 1, "--limit must be at least 1")
     require(args.csv or not args.resume, "--resume needs the --csv FILE to continue")
     require(args.resume or not (args.csv and args.csv.exists()),
@@ -766,7 +768,7 @@ def score_settings(run):
 
 
 def row_fingerprint(row, pairs, run):
-    """A digest of all that the scores of a row depend on."""
+    """A digest of the settings and folders that a row's scores depend on; for unsegmedgatc also of the image names."""
     folders = (run.args.images, run.args.masks, dict(run.args.predictions).get(row, ""))
     data = [score_settings(run), [str(Path(folder).resolve()) for folder in folders]]
     if row == "unsegmedgatc":  # it learns from all images
@@ -781,7 +783,7 @@ def score_all(pairs, rows, run):
     args, (rank, world) = run.args, u.rank_and_world()
     fingerprints = {row: row_fingerprint(row, pairs, run) for row in rows}
     # The first rank reads for all ranks, before any of them writes
-    scores = u.gather(begin_csv(args.csv, fingerprints) if args.csv and rank == 0 else {})[0]
+    scores = u.all_gather(begin_csv(args.csv, fingerprints) if args.csv and rank == 0 else {})[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
     drawn = [rows[0]] if args.sheet else []
     if any("unsegmedgatc" in missing for missing in [drawn, *todo.values()]):  # over all images, also with --resume
@@ -798,7 +800,7 @@ def score_all(pairs, rows, run):
                 writer.writerow({"settings": fingerprints[row], "image": stem, "method": row} | score)
             file.flush()  # the lines of an image in one piece, so that those of several ranks do not mix
             bar.update(1)
-    for part in u.gather(rank_scores):
+    for part in u.all_gather(rank_scores):
         scores |= part
     return scores
 
@@ -808,7 +810,8 @@ def print_report(run, summary, count, groups):
     args, config = run.args, run.config
     what = PROTOCOLS[args.protocol]
     if args.oracle_features is not None:
-        what = what.removesuffix("; no ground truth reaches a method") + "; USES GROUND TRUTH: the features are made from it"
+        what = what.removesuffix("; no ground truth reaches a method")
+        what += "; USES GROUND TRUTH: the features are made from it"
     print(f"**{args.protocol}** protocol: {what}. n = {count} images" + (f" in {groups} groups." if groups else "."))
     changed = {name: value for name, value in vars(config).items() if value != getattr(u.Config(), name)}
     changed |= {name: getattr(args, name) for name, default in (("squash", False), ("jitter", 0), ("loosen", 1.0))
@@ -824,15 +827,15 @@ def print_report(run, summary, count, groups):
         print("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
 
 
-def labels_of(stems, pattern):
-    """The group of each image. Raises ValueError for a pattern without a group, or an image that it does not fit."""
+def groups_of(stems, pattern):
+    """The group of each image. Raises ValueError for a pattern without a group, or that does not match an image."""
     labels = []
     for stem in stems:
         label = None
         with contextlib.suppress(re.error, TypeError, IndexError):  # no pattern, no match, no group
             label = re.search(pattern, stem)[1]
         if label is None:
-            raise ValueError(f"--group-by {pattern}: no regular expression with a group ( ) that fits {stem}")
+            raise ValueError(f"--group-by {pattern}: must be a regular expression with a group ( ) that matches {stem}")
         labels.append(label)
     return labels
 
@@ -843,7 +846,7 @@ def run_evaluation(args):
     config, device = u.config_from_args(args), u.pick_device(args.device)
     if "unsegmedgatc" in args.methods and not config.shared_epochs:
         config = dataclasses.replace(config, shared_epochs=min(5, config.epochs - 1))  # the paper's T0 for ISIC
-    u.gather(None)  # no rank writes before every rank has checked what exists
+    u.all_gather(None)  # no rank writes before every rank has checked what exists
     pairs, unpaired = pair_files(args.images, args.masks)
     for path in unpaired:
         log.warning("%s: has no partner and is left out", path)
@@ -852,7 +855,7 @@ def run_evaluation(args):
         stems = list(pairs)
         spread = np.linspace(0, len(stems) - 1, min(args.limit, len(stems))).round().astype(int)
         pairs = {stems[i]: pairs[stems[i]] for i in spread}
-    labels = labels_of(pairs, args.group_by) if args.group_by else None
+    labels = groups_of(pairs, args.group_by) if args.group_by else None
     if args.oracle_features is None:
         backbone = u.backbone_from_args(args, device)
     else:  # another one for each image: see EvalImage
@@ -893,8 +896,8 @@ def synthetic_photo(height, width):
     return (rgb + np.random.default_rng(0).normal(0, 4, rgb.shape)).clip(0, 255).astype(np.uint8)
 
 
-def seconds(function, repeats=3):
-    """The shortest wall-clock time of several calls, after a first one that does not count."""
+def best_time(function, repeats=3):
+    """The shortest wall-clock time of several calls, s, after a first one that does not count."""
     available = torch.cuda.is_available(), torch.backends.mps.is_available(), True
     sync = (torch.cuda.synchronize, torch.mps.synchronize, lambda: None)[available.index(True)]
     return min(timeit.repeat(lambda: (function(), sync()), number=1, repeat=repeats + 1)[1:])
@@ -914,20 +917,23 @@ def bench_graph(n, device):
     """One column of the table of stages: {name: number}."""
     device, (size, stride) = u.pick_device(device), GRAPH_SIZES[n]
     config, backbone, rgb = u.Config(size=size, stride=stride), u.load_backbone("builtin"), synthetic_photo(size, size)
-    view, features, weights = u.extract_nodes(rgb, config, backbone, device)
-    adjacency = u.build_graph(features, config.tau, weights)
+    view, features, node_weights = u.extract_nodes(rgb, config, backbone, device)
+    adjacency = u.build_graph(features, config.tau, node_weights)
     start = time.perf_counter()
     fitted = u.fit(features, adjacency, config)
     fit_seconds = time.perf_counter() - start
-    shape = rgb.shape[:2]
+
+    def mask():
+        return u.make_mask(view, fitted.assignment, adjacency, node_weights, config, rgb.shape[:2])
+
     column = {
         "N": n,
-        "features and location, ms": 1e3 * seconds(lambda: u.extract_nodes(rgb, config, backbone, device)),
-        "graph, ms": 1e3 * seconds(lambda: u.build_graph(features, config.tau, weights)),
+        "features and location, ms": 1e3 * best_time(lambda: u.extract_nodes(rgb, config, backbone, device)),
+        "graph, ms": 1e3 * best_time(lambda: u.build_graph(features, config.tau, node_weights)),
         "edges, fraction of N x N": float((adjacency > 0).float().mean()),
         "epochs of the fit": len(fitted.losses),
         "fit, s": fit_seconds,
-        "mask, ms": 1e3 * seconds(lambda: u.make_mask(view, fitted.assignment, adjacency, weights, config, shape)),
+        "mask, ms": 1e3 * best_time(mask),
     }
     x = u.centre_and_scale(features, adjacency)
     if device.type == "cuda":
@@ -955,7 +961,7 @@ def time_epoch(network, optimizer, x, adjacency, config, capture=True):
 
     for _ in range(3):
         epoch()
-    return seconds(u.capture_cuda_graph(epoch, x.device) if capture and x.is_cuda else epoch)
+    return best_time(u.capture_cuda_graph(epoch, x.device) if capture and x.is_cuda else epoch)
 
 
 def use_geometric(network, adjacency):
@@ -978,8 +984,8 @@ def bench_solver(megapixels, device):
     target = (guide[..., 1] < 130).astype(float)
     return {
         "megapixels": megapixels,
-        "grid, s": seconds(lambda: bilateral.BilateralGrid(guide), 1),
-        "solve, s": seconds(lambda: bilateral.solve(target, guide), 1),
+        "grid, s": best_time(lambda: bilateral.BilateralGrid(guide), 1),
+        "solve, s": best_time(lambda: bilateral.solve(target, guide), 1),
         "peak memory, GiB": peak_memory(),
     }
 

@@ -9,12 +9,12 @@ optimised on that image alone, without labels, until the clusters that it assign
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with overlays to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on several cores, GPUs or machines
 
-The first part of the file is section II of the paper, equations (1) to (8) in their order. The second part is what the
-paper needs around it: images, features, the object's location, the mask, the command line. Where a default differs from
-the paper, `Config` says so.
+The first part of the file is section II of the paper, equations (1) to (8) in their order, and the collective phase of
+section III. The second part is what the paper needs around it: images, features, the object's location, the mask, the
+command line. Where a default differs from the paper, `Config` says so.
 
-Shapes: B images, N = h * w patches on a grid, C features, K clusters, H heads, D = width of a head. A resized image is
-(3,s,t), with the paper's s and t; a photograph is (height,width,3).
+Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
+image is (3,s,t), with the paper's s and t; a photograph is (height,width,3).
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Config:
     """
 
     # From the paper
-    tau: float = hyperparameter(0.3, "similarities up to tau are no edges, eq. (1)", "paper, III", 1e-9, 1 - 1e-9)
+    tau: float = hyperparameter(0.3, "similarities up to tau give no edge, eq. (1)", "paper, III", 1e-9, 1 - 1e-9)
     widths: tuple[int, ...] = hyperparameter((128, 64), "m_r, the width of each series of GAT layers", "paper, III")
     layers: int = hyperparameter(2, "t_r, the number of GAT layers in each series", "paper, III", low=1)
     fc_dim: int = hyperparameter(64, "M, the width in which the series are summed, eq. (5)", "paper, III", low=1)
@@ -86,43 +86,34 @@ class Config:
     epochs: int = hyperparameter(60, "largest number of optimiser steps for an image", "paper, III; ISIC: 300", low=1)
     lr: float = hyperparameter(1e-3, "learning rate of AdamW", "paper, III", low=1e-9)
     weight_decay: float = hyperparameter(1e-2, "weight decay of AdamW", "paper: decay factor; authors' code: AdamW")
-    shared_epochs: int = hyperparameter(
-        0, "T0, how many of the epochs train parameters that all images share (UnSegMedGATc)",
-        "paper: 5 of 10 for ISIC, 15 of 70 for ColonDB"
-    )  # fmt: skip
+    shared_epochs: int = hyperparameter(0, "T0, how many of the epochs train parameters that all images share "
+                                        "(UnSegMedGATc)", "paper: 5 of 10 for ISIC, 15 of 70 for ColonDB")  # fmt: skip
     refine: bool = hyperparameter(True, "refine the mask with the fast bilateral solver", "paper, Fig. 1")
 
     # From the authors' code, where the paper gives no value
-    size: int = hyperparameter(224, "px of the shorter side after resizing", "authors' code", low=2 * PATCH)
-    bilateral_lambda: float = hyperparameter(256.0, "lambda, the smoothness weight of the bilateral solver", "authors' code")
-    keep_components: int = hyperparameter(1, "number of the largest connected regions to keep; 0 keeps all", "authors' code")
+    size: int = hyperparameter(224, "px of the resized image's shorter side, rounded to a multiple of 8",
+                               "authors' code", low=2 * PATCH)  # fmt: skip
+    bilateral_lambda: float = hyperparameter(256.0, "lambda, the bilateral solver's smoothness weight", "authors' code")
+    keep_components: int = hyperparameter(1, "how many of the largest regions to keep; 0 keeps all", "authors' code")
 
     # Ours
-    stride: int = hyperparameter(8, "px between patches: 8, or overlapping at 4 or 2", "ours; authors: 4", choices=(8, 4, 2))
-    colour: float = hyperparameter(
-        0.7, "weight of the colour in a patch's feature, beside the backbone's; 0: backbone alone, 1: colour alone",
-        "ours; paper: 0", high=1
-    )  # fmt: skip
-    heads: int = hyperparameter(4, "attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
-    residual: bool = hyperparameter(True, "add the node's own W x to what it gathers in eq. (3)", "ours; paper: no")
-    early_stop: float = hyperparameter(
-        0.01, "stop when the last 3 epochs bring less than this fraction of the improvement so far; 0 disables",
-        "ours; paper: 0"
-    )  # fmt: skip
-    resolution: float = hyperparameter(1.0, "resolution of the modularity; eq. (6) at 1", "ours; paper: 1; authors: 0.5")
-    collapse_weight: float = hyperparameter(
-        0.0, "weight of eq. (8)'s second term, which asks for clusters of equal size", "ours; paper: 1"
-    )
-    fade_radii: float = hyperparameter(
-        1.4, "distance from the object's centre, in radii, beyond which node weights fade; 0 disables", "ours; paper: 0"
-    )
-    similarity_weight: float = hyperparameter(
-        16.0, "weight of a patch's mean similarity to object and background in its final log-odds; 0 keeps the network's "
-        "assignment, and the solver then trusts all pixels alike", "ours; paper: 0", high=1000
-    )  # fmt: skip
-    mask_blur: float = hyperparameter(
-        3.0, "px of the resized image, standard deviation of a blur that smooths the outline", "ours; paper: 0", high=100
-    )
+    stride: int = hyperparameter(8, "px between patches; at 4 or 2 they overlap", "ours; authors: 4", choices=(8, 4, 2))
+    colour: float = hyperparameter(0.7, "weight of the colour in a patch's feature, beside the backbone's; 0: backbone "
+                                   "alone, 1: colour alone", "ours; paper: 0", high=1)  # fmt: skip
+    heads: int = hyperparameter(4, "Z, attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
+    residual: bool = hyperparameter(True, "add the node's own W h to what eq. (3) aggregates", "ours; paper: no")
+    early_stop: float = hyperparameter(0.01, "stop when the last 3 epochs bring less than this fraction of the "
+                                       "improvement so far; 0 disables", "ours; paper: 0")  # fmt: skip
+    resolution: float = hyperparameter(1.0, "gamma, the modularity's resolution", "ours; paper: 1; authors: 0.5")
+    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term, which asks for clusters of "
+                                            "equal size", "ours; paper: 1")  # fmt: skip
+    fade_radii: float = hyperparameter(1.4, "distance from the object's centre, in radii, beyond which node weights "
+                                       "fade; 0 disables", "ours; paper: 0")  # fmt: skip
+    similarity_weight: float = hyperparameter(16.0, "weight of a patch's mean similarity to object and background in "
+                                              "its final log-odds; 0 keeps the network's assignment, and the solver "
+                                              "then trusts all pixels alike", "ours; paper: 0", high=1000)  # fmt: skip
+    mask_blur: float = hyperparameter(3.0, "px of the resized image, standard deviation of a blur that smooths the "
+                                      "outline", "ours; paper: 0", high=100)  # fmt: skip
     invert: bool = hyperparameter(False, "swap foreground and background", "ours")
     seed: int = hyperparameter(0, "seed of the network's initial parameters", "ours", high=2**32 - 1)
 
@@ -139,8 +130,10 @@ class Config:
                 expected = f"one of {limits['choices']}"
             else:
                 valid = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-                valid = valid and limits["low"] <= value <= limits["high"]
-                expected = f"{'an integer' if kind is int else 'a number'} from {limits['low']} to {limits['high']:g}"
+                low, high = limits["low"], limits["high"]
+                valid = valid and low <= value <= high
+                span = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
+                expected = f"{'an integer' if kind is int else 'a number'} {span}"
             if not valid:
                 raise ValueError(f"{field.name} must be {expected}, got {value!r}")
         if any(width % self.heads for width in self.widths):
@@ -149,32 +142,28 @@ class Config:
             raise ValueError(f"shared_epochs must be below epochs, {self.epochs}, got {self.shared_epochs}")
 
 
-# The paper, as far as it states a value, with the solver of the authors' code. What the paper leaves open stays: the
-# object's location, the field of view, the heads and the scale of X. Its figures are of images cropped to the object.
-PRESETS = {
-    "paper": {"colour": 0.0, "residual": False, "early_stop": 0.0, "collapse_weight": 1.0, "fade_radii": 0.0,
-              "similarity_weight": 0.0, "mask_blur": 0.0}
-}  # fmt: skip
+# The paper's values, where it states them. Not stated, so not changed: the object's location, the field of view, the
+# heads, the scale of X. Its scores are of images cropped to the object.
+PRESETS = {"paper": {"colour": 0.0, "residual": False, "early_stop": 0.0, "collapse_weight": 1.0, "fade_radii": 0.0,
+                     "similarity_weight": 0.0, "mask_blur": 0.0}}  # fmt: skip
 
 
-# ===============================================================================================================
-# The paper, section II, from the features of the patches to their clusters
-# ===============================================================================================================
+# The paper, section II, from the features of the patches to their clusters =====================================
+
 
 # Graph, eq. (1) ------------------------------------------------------------------------------------------------
 
 
-def build_graph(features, tau, weights=None):
+def build_graph(features, tau, node_weights=None):
     """The graph of eq. (1): thresholded cosine similarities of the features.
 
     features: (N,C). tau: similarities up to it become 0.
-    weights: (N,), optional and ours, the importance of each node in [0,1]; A_ij is multiplied by w_i w_j. A node of
-        weight 0 has no edges.
-    Returns the adjacency A, (N,N), symmetric, with self-loops.
+    node_weights: (N,) in [0,1], optional and ours; A_ij is multiplied by w_i w_j.
+    Returns the adjacency A, (N,N), symmetric; every node has a self-loop unless its weight or its feature is 0.
     """
     f = F.normalize(features, dim=1)
     adjacency = F.threshold_(f @ f.T, tau, 0.0)  # eq. (1): A = f f^T * (f f^T > tau), (N,N)
-    return adjacency if weights is None else adjacency.mul_(weights).mul_(weights[:, None])
+    return adjacency if node_weights is None else adjacency.mul_(node_weights).mul_(node_weights[:, None])
 
 
 # Graph attention, eqs. (2) to (4) ------------------------------------------------------------------------------
@@ -182,25 +171,25 @@ def build_graph(features, tau, weights=None):
 SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 
 
-def attention_weights(score_src, score_dst, adjacency):
+def attention_weights(score_dst, score_src, adjacency):
     """The attention weights alpha of eq. (2), for every head.
 
-    score_src, score_dst: (H,N), the two parts of a^T [W h_i || W h_j], which is score_src_i + score_dst_j.
-    adjacency: (N,N); its positive entries are the edges. Their weights play no part.
-    Returns (H,N,N); row i sums to 1 over the neighbours of node i, and is uniform for a node without neighbours.
+    score_dst, score_src: (H,N), the two parts of a^T [W h_i || W h_j], which is score_dst_i + score_src_j.
+    adjacency: (N,N); its positive entries are the edges. Their weights are not used.
+    Returns (H,N,N); row i sums to 1 over the neighbours j of node i, and is uniform for a node without neighbours.
     """
-    e = F.leaky_relu(score_src[:, :, None] + score_dst[:, None], SLOPE)  # (H,N,N)
+    e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], SLOPE)  # (H,N,N)
     return e.masked_fill(adjacency <= 0, torch.finfo(e.dtype).min).softmax(dim=2)  # eq. (2)
 
 
-def attention(h, score_src, score_dst, adjacency):
-    """What each node gathers from its neighbours: the sum in eq. (3), for every head.
+def attention(Wh, score_dst, score_src, adjacency):
+    """What each node aggregates from its neighbours: the sum in eq. (3), for every head.
 
-    h: the paper's W h, (H,N,D). Other arguments as for `attention_weights`.
+    Wh: the transformed node features W h, (H,N,D). Other arguments as for `attention_weights`.
     Returns (H,N,D); 0 for a node without neighbours.
     """
     connected = (adjacency > 0).any(dim=1)[:, None]  # (N,1)
-    return attention_weights(score_src, score_dst, adjacency) @ h * connected  # eq. (3), before the non-linearity
+    return attention_weights(score_dst, score_src, adjacency) @ Wh * connected  # eq. (3), before the non-linearity
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -214,59 +203,60 @@ class BlockwiseAttention(torch.autograd.Function):
     NO_EDGE = -1e30  # score of a pair without an edge
 
     @staticmethod
-    def score_blocks(score_src, score_dst, adjacency):
+    def score_blocks(score_dst, score_src, adjacency):
         """Yield slices of rows, each with its scores e of eq. (2), (H,rows,N)."""
         rows = 64 if adjacency.device.type == "cpu" else 2048
         for start in range(0, len(adjacency), rows):
             block = slice(start, start + rows)
-            e = F.leaky_relu_(score_src[:, block, None] + score_dst[:, None], SLOPE)
+            e = F.leaky_relu_(score_dst[:, block, None] + score_src[:, None], SLOPE)
             yield block, e.masked_fill_(adjacency[block] <= 0, BlockwiseAttention.NO_EDGE)
 
     @staticmethod
     def exp_(x):
-        """exp(x) in place, and 0 below e^-60: products of smaller numbers are denormal, which is slow on a CPU."""
+        """exp(x) in place, 0 where x <= -60: products of such small numbers are denormal, which is slow on a CPU."""
         return F.threshold_(x, -60.0, -math.inf).exp_()
 
     @staticmethod
-    def forward(ctx, h, score_src, score_dst, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
-        out, log_total = torch.empty_like(h), torch.empty_like(score_src)
-        for block, e in BlockwiseAttention.score_blocks(score_src, score_dst, adjacency):
-            largest = e.amax(dim=2, keepdim=True)
-            weight = BlockwiseAttention.exp_(e.sub_(largest))
-            total = weight.sum(dim=2, keepdim=True)  # the denominator of eq. (2), divided by exp(largest)
-            connected = largest > BlockwiseAttention.NO_EDGE
-            out[:, block] = weight @ h / total * connected
-            log_total[:, block] = torch.where(connected, largest + total.log(), math.inf)[..., 0]
-        ctx.save_for_backward(h, score_src, score_dst, adjacency, out, log_total)
+    def forward(ctx, Wh, score_dst, score_src, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
+        out, logsumexp = torch.empty_like(Wh), torch.empty_like(score_dst)
+        for block, e in BlockwiseAttention.score_blocks(score_dst, score_src, adjacency):
+            row_max = e.amax(dim=2, keepdim=True)
+            numerator = BlockwiseAttention.exp_(e.sub_(row_max))  # of eq. (2), divided by exp(row_max)
+            row_sum = numerator.sum(dim=2, keepdim=True)
+            connected = row_max > BlockwiseAttention.NO_EDGE
+            out[:, block] = numerator @ Wh / row_sum * connected
+            # For a node without neighbours inf, so that its alpha is 0
+            logsumexp[:, block] = torch.where(connected, row_max + row_sum.log(), math.inf)[..., 0]
+        ctx.save_for_backward(Wh, score_dst, score_src, adjacency, out, logsumexp)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # (H,N,D)
-        h, score_src, score_dst, adjacency, out, log_total = ctx.saved_tensors
-        # dL/de_ij = alpha_ij (grad_i . h_j - grad_i . out_i). One more column on either side carries the second term.
+        Wh, score_dst, score_src, adjacency, out, logsumexp = ctx.saved_tensors
+        # dL/de_ij = alpha_ij (grad_i . Wh_j - grad_i . out_i). The extra column of both factors adds the second term.
         grad_aug = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
-        h_aug = torch.cat([h, torch.ones_like(h[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
-        d_h, d_src, d_dst = torch.zeros_like(h), torch.empty_like(score_src), torch.zeros_like(score_dst)
-        for block, e in BlockwiseAttention.score_blocks(score_src, score_dst, adjacency):
-            alpha = BlockwiseAttention.exp_(e - log_total[:, block, None])  # eq. (2)
-            d_h.baddbmm_(alpha.mT, grad[:, block])
-            d_e = (grad_aug[:, block] @ h_aug).mul_(alpha)
+        Wh_aug = torch.cat([Wh, torch.ones_like(Wh[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
+        d_Wh, d_dst, d_src = torch.zeros_like(Wh), torch.empty_like(score_dst), torch.zeros_like(score_src)
+        for block, e in BlockwiseAttention.score_blocks(score_dst, score_src, adjacency):
+            alpha = BlockwiseAttention.exp_(e - logsumexp[:, block, None])  # eq. (2); 0 for a pair without an edge
+            d_Wh.baddbmm_(alpha.mT, grad[:, block])
+            d_e = (grad_aug[:, block] @ Wh_aug).mul_(alpha)
             d_e = torch.ops.aten.leaky_relu_backward(d_e, e, SLOPE, True)  # True: e is the output of LeakyReLU
-            d_src[:, block] = d_e.sum(2)
-            d_dst += d_e.sum(1)
-        return d_h, d_src, d_dst, None
+            d_dst[:, block] = d_e.sum(2)
+            d_src += d_e.sum(1)
+        return d_Wh, d_dst, d_src, None
 
 
-PLAIN_BYTES = 2**28  # on CUDA the plain attention runs while an H x N x N tensor is at most so large, else blocks
+PLAIN_BYTES = 2**28  # on CUDA, `attention` is used up to this size of an H x N x N tensor, BlockwiseAttention above it
 
 
 class GraphAttention(nn.Module):
     """A multi-head graph attention layer, heads concatenated: eqs. (2) to (4), without the non-linearity.
 
-    The vector a of eq. (2) is [a_src || a_dst]: a_src for the node that attends, a_dst for its neighbour.
-    residual: add the node's own W x (ours). Attention ignores edge weights, so in a nearly complete graph all nodes
-    gather the same average; the residual keeps them distinct.
+    The vector a of eq. (2) is [a_dst || a_src]: a_dst for the node i that is updated, a_src for its neighbour j.
+    residual: add the node's own W h (ours). Attention ignores edge weights, so in a nearly complete graph all nodes
+    aggregate nearly the same average; the residual keeps them distinct.
     """
 
     def __init__(self, in_features, out_features, heads, residual=True):
@@ -274,32 +264,32 @@ class GraphAttention(nn.Module):
         self.heads, self.residual = heads, residual
         self.attend = None  # `attention` or `BlockwiseAttention.apply`; None: the faster one
         self.W = nn.Linear(in_features, out_features, bias=False)  # W^z of all heads z, stacked
-        self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
         self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
+        self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
         for parameter in self.parameters():
-            nn.init.xavier_uniform_(parameter)  # Velickovic et al. 2018
+            nn.init.xavier_uniform_(parameter)  # Velickovic et al. 2018, for a as in PyTorch Geometric
 
-    def project(self, x):
-        """x (N,in) -> W h (H,N,D) and the two parts of its scores, (H,N) each."""
-        h = self.W(x).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,D)
-        return h, torch.einsum("hnd,hd->hn", h, self.a_src), torch.einsum("hnd,hd->hn", h, self.a_dst)
+    def project(self, h):
+        """h (N,in) -> W h (H,N,D) and the two parts of its scores, (H,N) each."""
+        Wh = self.W(h).unflatten(1, (self.heads, -1)).transpose(0, 1).contiguous()  # (H,N,D)
+        return Wh, torch.einsum("hnd,hd->hn", Wh, self.a_dst), torch.einsum("hnd,hd->hn", Wh, self.a_src)
 
-    def forward(self, x, adjacency):
-        """x (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
-        h, score_src, score_dst = self.project(x)
-        plain = x.is_cuda and self.heads * adjacency.numel() * x.element_size() <= PLAIN_BYTES
+    def forward(self, h, adjacency):
+        """h (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
+        Wh, score_dst, score_src = self.project(h)
+        plain = h.is_cuda and self.heads * adjacency.numel() * h.element_size() <= PLAIN_BYTES
         attend = self.attend or (attention if plain else BlockwiseAttention.apply)
-        gathered = attend(h, score_src, score_dst, adjacency)  # eqs. (2), (3): (H,N,D)
+        aggregated = attend(Wh, score_dst, score_src, adjacency)  # eqs. (2), (3): (H,N,D)
         if self.residual:
-            gathered = gathered + h
-        return gathered.transpose(0, 1).flatten(1)  # eq. (4): (N,out)
+            aggregated = aggregated + Wh
+        return aggregated.transpose(0, 1).flatten(1)  # eq. (4), before the non-linearity: (N,out)
 
 
 # Network, eq. (5) ----------------------------------------------------------------------------------------------
 
 
 class UnSegMedGAT(nn.Module):
-    """R parallel series of graph attention layers, a linear layer after each, summed into K soft clusters: eq. (5)."""
+    """R parallel series of graph attention layers, each with a linear layer; another maps their sum to C: eq. (5)."""
 
     def __init__(self, in_features, config=Config()):
         super().__init__()
@@ -321,46 +311,49 @@ class UnSegMedGAT(nn.Module):
         """
         total = 0
         for layers, fc in zip(self.series, self.fc_branch):
-            x = features
+            h = features
             for layer in layers:
-                x = self.activation(layer(x, adjacency))  # eq. (3): (N,m_r)
-            total = total + fc(x)  # H^(r) of eq. (5): (N,M)
+                h = self.activation(layer(h, adjacency))  # sigma of eqs. (3), (4); GAT^(r) of eq. (5): (N,m_r)
+            total = total + fc(h)  # H^(r) of eq. (5): (N,M)
         return self.fc_out(total).softmax(dim=1)  # C of eq. (5): (N,K)
 
 
 # Loss, eqs. (6) to (8) -----------------------------------------------------------------------------------------
 
 
-def modularity_loss(assignment, adjacency, resolution=1.0, collapse_weight=1.0):
-    """The loss of eq. (8), at resolution = collapse_weight = 1.
+def modularity(assignment, adjacency, resolution=1.0):
+    """The modularity Q, a scalar tensor: eq. (6) for clusters C (N,K) that are one-hot, eq. (7) for soft ones.
 
-    assignment: C (N,K). adjacency: A (N,N), symmetric. resolution: g, weight of the null model (Reichardt and Bornholdt
-    2006). collapse_weight: weight of the second term.
-    Returns a scalar tensor. The modularity of eq. (6) is computed as in eq. (7), but the N x N matrix
-    B = A - g d d^T / 2m is never formed: Tr(C^T B C) / 2m = Tr(C^T A C) / 2m - g |C^T d|^2 / (2m)^2, where d are the
-    degrees, and 2m = sum(A) is the paper's 2|E| for weighted edges.
+    adjacency: A (N,N), symmetric. resolution: gamma, the weight of the null model (Reichardt and Bornholdt 2006).
+    The N x N matrix B = A - gamma d d^T / 2m is not formed, as Tr(C^T B C) / 2m = Tr(C^T A C) / 2m - gamma |C^T d|^2 /
+    (2m)^2, where d are the degrees, and 2m = sum(A) is the paper's 2|E| for weighted edges.
     """
-    n, k = assignment.shape
     degree = adjacency.sum(1)  # d: (N,)
     two_m = degree.sum().clamp(min=torch.finfo(degree.dtype).tiny)  # 0 only for a graph without edges
     within = (assignment * (adjacency @ assignment)).sum() / two_m  # Tr(C^T A C) / 2m
     expected = ((degree @ assignment) / two_m).square().sum()  # |C^T d|^2 / (2m)^2
+    return within - resolution * expected  # eqs. (6), (7)
+
+
+def modularity_loss(assignment, adjacency, resolution=1.0, collapse_weight=1.0):
+    """The loss of eq. (8), a scalar tensor, with a weight for its second term; other arguments as for `modularity`."""
+    n, k = assignment.shape
     collapse = math.sqrt(k) / n * assignment.sum(0).norm() - 1
-    return -(within - resolution * expected) + collapse_weight * collapse  # eqs. (7), (8)
+    return -modularity(assignment, adjacency, resolution) + collapse_weight * collapse  # eq. (8)
 
 
 # Optimisation of one image -------------------------------------------------------------------------------------
 
 NODE_RMS_NORM = 4  # root mean square of the norms of the node features X
-MIN_MODULARITY = 1e-4  # a graph whose clusters have less has no communities: colours then differ by 5 grey levels or less
+MIN_MODULARITY = 1e-4  # below it a graph has no communities, as where colours differ by at most 5 grey levels
 LOCK = threading.Lock()  # for torch's random state, which all threads share, and for CUDA graph capture
 
 
 def centre_and_scale(features, adjacency):
     """The node features X (N,C) of eq. (5) from f (N,C): their mean is subtracted, and their norms are about 4.
 
-    The paper leaves the scale open. A common part longer than the differences, as DINO's keys have, saturates the
-    softmax of eq. (5) within a few steps. Nodes count by their degree, as in the null model of eq. (6).
+    The paper leaves the scale open. A mean far larger than the deviations from it, as in DINO's keys, saturates the
+    softmax of eq. (5) within a few steps. Means are weighted by degree, as in eq. (6).
     """
     share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
     x = features - share @ features
@@ -370,11 +363,16 @@ def centre_and_scale(features, adjacency):
 def seeded_model(build, config, device, lr=None):
     """The module that build() returns, with seeded initial parameters, and its AdamW optimiser."""
     with LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(config.seed))
+        torch.default_generator.manual_seed(int(config.seed))  # torch.manual_seed would also seed the caller's GPUs
         model = build().to(device)
     adamw_kwargs = {"lr": lr or config.lr, "weight_decay": config.weight_decay}
-    on_cuda = torch.device(device).type == "cuda"
-    return model, torch.optim.AdamW(model.parameters(), fused=True, capturable=on_cuda, **adamw_kwargs)
+    capturable = torch.device(device).type == "cuda"  # see `capture_cuda_graph`
+    return model, torch.optim.AdamW(model.parameters(), fused=True, capturable=capturable, **adamw_kwargs)
+
+
+def loss_of(network, x, adjacency, config):
+    """The loss of eq. (8) of a network on one image, a scalar tensor. x: (N,C) from `centre_and_scale`."""
+    return modularity_loss(network(x, adjacency), adjacency, config.resolution, config.collapse_weight)
 
 
 def train_step(optimizer, compute_loss):
@@ -388,9 +386,9 @@ def train_step(optimizer, compute_loss):
 
 def has_converged(losses, config):
     """Whether the last 3 epochs brought less than config.early_stop of the improvement over a uniform assignment."""
-    uniform_loss = (config.resolution - 1) / config.clusters
+    uniform_loss = (config.resolution - 1) / config.clusters  # eq. (8) at C_ik = 1 / K
     improvement = uniform_loss - losses[-1]
-    if not config.early_stop or len(losses) < 4 or improvement <= MIN_MODULARITY:  # at first the loss is level
+    if not config.early_stop or len(losses) < 4 or improvement <= MIN_MODULARITY:  # at first the loss is on a plateau
         return False
     return losses[-4] - losses[-1] < config.early_stop * improvement
 
@@ -402,7 +400,7 @@ class Fit:
     assignment: torch.Tensor  # C (N,K), rows summing to 1; 1/K everywhere where there are no communities
     losses: list  # the loss before every step
     modularity: float  # Q of the most likely clusters, eq. (6)
-    network: UnSegMedGAT  # with its final parameters
+    network: UnSegMedGAT  # after the last step
 
     @property
     def has_communities(self):
@@ -410,26 +408,22 @@ class Fit:
         return self.modularity >= MIN_MODULARITY
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # gradients are needed, whatever the caller has switched off
 @torch.enable_grad()
 def fit(features, adjacency, config=Config(), shared=None):
     """Optimise the network on one image alone.
 
-    features: f (N,C). adjacency: (N,N). shared: initial parameters from `fit_collective`; config.shared_epochs of the
-    epochs are then done already.
+    features: f (N,C). adjacency: (N,N). shared: a state_dict from `fit_collective`, the initial parameters;
+    config.shared_epochs of the epochs are then done already.
     Returns a Fit.
     """
     x, device = centre_and_scale(features, adjacency), adjacency.device
     network, optimizer = seeded_model(lambda: UnSegMedGAT(x.shape[1], config), config, device)
     if shared is not None:
         network.load_state_dict(shared)
-
-    def compute_loss():
-        return modularity_loss(network(x, adjacency), adjacency, config.resolution, config.collapse_weight)
-
-    losses, epoch_step = [], functools.partial(train_step, optimizer, compute_loss)
+    losses, epoch_step = [], functools.partial(train_step, optimizer, lambda: loss_of(network, x, adjacency, config))
     for epoch in range(config.epochs - (config.shared_epochs if shared is not None else 0)):
-        if epoch == 3 and device.type == "cuda":  # the first steps set up what may not be captured
+        if epoch == 3 and device.type == "cuda":
             epoch_step = capture_cuda_graph(epoch_step, device)
         losses.append(epoch_step().item())
         if has_converged(losses, config):
@@ -437,13 +431,13 @@ def fit(features, adjacency, config=Config(), shared=None):
     with torch.no_grad():
         assignment = network(x, adjacency)
         clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-        modularity = -modularity_loss(clusters, adjacency, collapse_weight=0).item()  # Q, eq. (6)
-    result = Fit(assignment, losses, modularity, network)
-    uniform = torch.full_like(assignment, 1 / config.clusters)
-    return result if result.has_communities else dataclasses.replace(result, assignment=uniform)
+        result = Fit(assignment, losses, modularity(clusters, adjacency).item(), network)
+        if not result.has_communities:  # then no cluster is the object's
+            assignment.fill_(1 / config.clusters)
+    return result
 
 
-# UnSegMedGATc: the collective phase ----------------------------------------------------------------------------
+# UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
 
 
 @torch.inference_mode(False)
@@ -453,7 +447,7 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
     that all images share.
 
     node_sets: a list of pairs, the features f (N,C) and the node weights (N,) of an image; N may differ. The graph of
-    an image is built at its turn, so that only one is in memory. quiet: show no progress bar.
+    an image is built when its turn comes, so only one is in memory. quiet: show no progress bar.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None for an empty list.
     """
     if not node_sets:
@@ -461,19 +455,17 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
     in_features = node_sets[0][0].shape[1]
     network, optimizer = seeded_model(lambda: UnSegMedGAT(in_features, config), config, device)
     with torch.hub.tqdm(total=config.shared_epochs * len(node_sets), desc="shared", disable=quiet) as bar:
-        for features, weights in node_sets * config.shared_epochs:
+        for features, node_weights in node_sets * config.shared_epochs:
             features = features.to(device)
-            adjacency = build_graph(features, config.tau, weights.to(device))
+            adjacency = build_graph(features, config.tau, node_weights.to(device))
             x = centre_and_scale(features, adjacency)
-            train_step(optimizer, lambda: modularity_loss(
-                network(x, adjacency), adjacency, config.resolution, config.collapse_weight))  # noqa: B023  # fmt: skip
+            train_step(optimizer, functools.partial(loss_of, network, x, adjacency, config))
             bar.update(1)
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
-# ===============================================================================================================
-# The paper ends here. What follows gets it from a photograph to a mask
-# ===============================================================================================================
+# The paper ends here. What follows leads from a photograph to a mask ===========================================
+
 
 # CUDA graphs ---------------------------------------------------------------------------------------------------
 
@@ -485,11 +477,12 @@ def capture_stream(device):
 
 
 def capture_cuda_graph(function, device):
-    """A function that replays the kernels of function(), which takes longer to launch than to run (340 in an epoch).
+    """Capture function() as a CUDA graph, without running it, and return a function that replays it.
 
-    Call function() a few times before, as its first calls set up what may not be captured. Capturing runs nothing.
+    Launching its kernels (340 in an epoch) takes longer than running them. Call function() a few times before: the
+    first calls allocate the optimiser's state and cuBLAS workspaces, which cannot be captured.
     """
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)  # a thread begins on the first GPU
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)  # sets the device of a new thread
     capture = torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local")
     with LOCK, torch.cuda.stream(current), capture:
         result = function()  # each replay writes its result into this tensor
@@ -498,16 +491,15 @@ def capture_cuda_graph(function, device):
 
 # The caller's torch --------------------------------------------------------------------------------------------
 
-
 caller_torch = {"threads": 0, "dtype": None}  # how many threads are inside `standard_torch`, and the dtype before
 
 
 @contextlib.contextmanager
 def standard_torch():
-    """torch as this file needs it, whatever its caller has set: no inference mode, no autocast, float32, the CPU.
+    """Torch as this file needs it, whatever its caller has set: no inference mode, no autocast, float32, the CPU.
 
-    The default dtype belongs to the process, so threads that are inside at once share the change: the first one sets
-    float32, the last one restores what was there.
+    The default dtype belongs to the process: the first thread that enters sets float32, the last one that leaves
+    restores the caller's.
     """
     with LOCK:
         if not caller_torch["threads"]:
@@ -544,7 +536,7 @@ def one_line(error):
 
 
 def turn_upright(image):
-    """A PIL image turned by its EXIF orientation, or unchanged where there is none that can be read.
+    """A PIL image turned by its EXIF orientation, or unchanged if there is none that can be read.
 
     `ImageOps.exif_transpose` also rewrites the other EXIF tags, and fails where one of them is broken.
     """
@@ -556,7 +548,7 @@ def turn_upright(image):
 
 
 def flatten_transparency(image, background):
-    """A PIL image without transparency, laid on a background colour: RGB where it had some, else unchanged."""
+    """A PIL image laid on a background colour, as RGB, if it has transparency; else unchanged."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
@@ -601,8 +593,6 @@ def load_image(source):
         raise
     except Image.DecompressionBombError:
         raise ImageError("it would decode to far too many pixels: scale it down first") from None
-    except FileNotFoundError:
-        raise ImageError("there is no such file") from None
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         raise ImageError(why_unreadable(error)) from None
     if min(rgb.shape[:2]) < PATCH:
@@ -616,9 +606,9 @@ def patch_grid(sides, stride):
 
 
 def resize_image(rgb, size, stride=PATCH):
-    """Resize (height,width,3) uint8 to a shorter side of `size` px: (3,s,t) in [0,1], s and t multiples of 8.
+    """Resize (height,width,3) uint8 to a shorter side of about `size` px: (3,s,t) in [0,1], s and t multiples of 8.
 
-    Raises ImageError where its patches, `stride` px apart, would make too large a graph.
+    Raises ImageError if its patches, `stride` px apart, are too many for a graph.
     """
     height, width = rgb.shape[:2]
     scale = size / min(height, width)
@@ -648,9 +638,9 @@ class View:
 
     image: torch.Tensor  # (3,s,t) in [0,1]
     stride: int  # px between patches
-    box: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: the part that the image shows
+    crop: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: the part that the image shows
     field_of_view: torch.Tensor  # (s/8,t/8), 1 for the cells of 8 px that can be object, else 0
-    search_area: tuple  # (y0, x0, y1, x1) px of the image, where the object is: the user's box, or the whole image
+    search_area: tuple  # (y0, x0, y1, x1) px of the image: the user's box, or the whole image
     ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes: the object's rough location
     prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for the image alone
 
@@ -680,9 +670,11 @@ class View:
         return (distance <= distance.min().clamp(min=1)).float()
 
 
-def cell_centres(n):
-    """The centres of n cells that divide [-1,1]: (n,)."""
-    return torch.linspace(-1 + 1 / n, 1 - 1 / n, n)
+def position_in(area, h, w):
+    """The positions of cells (h,w) in an area (y0, x0, y1, x1), in cells: (h,1) and (1,w), -1 and 1 on its sides."""
+    y0, x0, y1, x1 = area
+    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
+    return (2 * (y - y0) / (y1 - y0) - 1)[:, None], (2 * (x - x0) / (x1 - x0) - 1)[None]
 
 
 def rgb_to_lab(image):
@@ -700,21 +692,20 @@ def border_components(cells, min_distance, max_share):
     min_distance: only those whose mean distance from the middle is larger; 1 is the border. max_share: only those that
     cover a smaller share of the image.
     """
-    h, w = cells.shape
-    distance = torch.maximum(cell_centres(h)[:, None].abs(), cell_centres(w).abs()).numpy()
+    y, x = position_in((0, 0, *cells.shape), *cells.shape)
+    distance = torch.maximum(y.abs(), x.abs()).numpy()
     labels, _ = ndimage.label(cells)
     touching = set(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])) - {0}
-    kept = [n for n in touching
-            if distance[labels == n].mean() > min_distance and (labels == n).mean() < max_share]  # fmt: skip
+    kept = [n for n in touching if distance[labels == n].mean() > min_distance and (labels == n).mean() < max_share]
     return np.isin(labels, kept)
 
 
 def find_field_of_view(image):
     """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
 
-    Excluded are the dark frame of an endoscope or dermatoscope; components of another hue that touch the border, stay
-    near it and are not large, as stickers and rulers are; and violet ink anywhere, since tissue that is redder than its
-    surroundings is also yellower: melanin and blood both absorb blue.
+    The dark frame of an endoscope or dermatoscope is excluded; components of another hue that touch the border, stay
+    near it and are not large, such as stickers and rulers; and violet ink anywhere: tissue that is redder than its
+    surroundings is also yellower, as melanin and blood both absorb blue.
     """
     brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
     h, w = brightness.shape
@@ -726,32 +717,20 @@ def find_field_of_view(image):
     return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6, 0.35) | ink)).float()
 
 
-def check_prompt(box, point, height, width):
-    """A box and a point as tuples of numbers, or None.
-
-    Raises ValueError where both are given, or one is not of numbers inside the image.
-    """
-    if box is not None and point is not None:
-        raise ValueError("a box and a point are given: give one of them")
-
-    def inside(x, y):
-        return 0 <= x < width and 0 <= y < height
-
-    def as_numbers(prompt, count, expected):
-        values = ()
-        with contextlib.suppress(TypeError, ValueError):  # a ragged list is no array
-            array = np.asarray(prompt)
-            if array.shape == (count,) and array.dtype.kind in "iuf":
-                values = tuple(array.tolist())
-        if not values or not inside(*values[:2]) or (
-            count == 4 and not (values[0] < values[2] <= width and values[1] < values[3] <= height)
-        ):
-            given = " ".join(str(prompt).split())[:100]
-            raise ValueError(f"the {expected} inside the image, {width} x {height}; got {given}")
-        return values
-
-    return (None if box is None else as_numbers(box, 4, "box must be four numbers x0 < x1, y0 < y1"),
-            None if point is None else as_numbers(point, 2, "point must be two numbers"))  # fmt: skip
+def check_prompt(name, prompt, height, width):
+    """A box (x0, y0, x1, y1) or point (x, y) as a tuple of numbers, or None. Raises ValueError for anything else."""
+    if prompt is None:
+        return None
+    numbers = {"box": "four numbers x0 < x1, y0 < y1", "point": "two numbers"}[name]
+    with contextlib.suppress(TypeError, ValueError):  # a ragged list is not an array
+        array = np.asarray(prompt)
+        if array.shape == ((4,) if name == "box" else (2,)) and array.dtype.kind in "iuf":
+            values = tuple(array.tolist())
+            x0, y0, x1, y1 = (*values, width, height)[:4]
+            if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height:
+                return values
+    given = " ".join(str(prompt).split())[:100]
+    raise ValueError(f"the {name} must be {numbers} inside the image, {width} x {height}; got {given}")
 
 
 def view_photograph(rgb, config, box=None):
@@ -875,10 +854,10 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds. torch's advice to load without weights_only is not passed on
-        why = "it is damaged, or not a checkpoint of tensors"
+        why = "it is damaged, or not a checkpoint of tensors: download it again"
         if isinstance(error, OSError) and error.strerror:
             why = error.strerror
-        raise ValueError(f"{path}: cannot be loaded safely: {why}; fetch the file anew") from None
+        raise ValueError(f"{path}: cannot be loaded safely: {why}") from None
 
 
 def read_dino(path, branch):
@@ -893,7 +872,7 @@ def read_dino(path, branch):
         model.load_state_dict(state)
         for name, tensor in state.items():
             if not tensor.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite numbers; fetch the file anew")
+                raise ValueError(f"{name} has values that are not finite numbers: download it again")
     except Exception as error:  # of many kinds: not a dictionary, another network
         raise ValueError(f"{path}: is not DINO's ViT-S/8: {' '.join(str(error).split())[:200]}") from None
     return model.eval().requires_grad_(False)
@@ -906,19 +885,19 @@ def load_dino(weights=None, branch="teacher", progress=True):
     weights: a file (the published backbone, timm's copy of it, or the full checkpoint). None: the backbone from
         torch.hub's cache; it is downloaded where it is missing or cannot be read.
     branch: of a full checkpoint, "teacher" (which the backbone file holds) or "student" (which the authors use).
-    Raises ValueError for a file that cannot be read or holds other weights, OSError where the download fails.
+    Raises ValueError for a file that cannot be read or holds other weights, OSError if the download fails.
     """
     if branch not in ("teacher", "student"):
         raise ValueError(f"branch must be teacher or student, got {branch!r}")
     if weights:
         return read_dino(Path(weights), branch)
+    if branch == "student":
+        raise ValueError("the student is only in DINO's full checkpoint: download that and pass it as --weights FILE")
     path, unreadable = cached_dino(), ""
     if path.is_file():
         try:
             return read_dino(path, branch)
         except ValueError as error:
-            if branch == "student":  # a new copy would not hold it either
-                raise
             unreadable = f"; {error}"
     try:
         download_dino(progress)
@@ -935,8 +914,8 @@ CONSTANT_FEATURE = 50  # in units of Lab
 def colour_features(lab, background):
     """Lab colours of patches (N,3) as features (N,4) of norm 1; they need no learned weights.
 
-    Colours are deviations from the mean over the background, whose weights are (N,). Eq. (1) compares directions, so a
-    constant fourth feature keeps patches of nearly the background's colour alike, whatever the noise in them.
+    background: (N,) weights of the mean that is subtracted. Eq. (1) compares directions, so a constant fourth feature
+    keeps patches of nearly the background's colour similar, whatever their noise.
     """
     return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=CONSTANT_FEATURE), dim=1)
 
@@ -963,7 +942,7 @@ class Backbone:
 
 
 def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for one that is missing."""
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for a kind that is missing."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -975,12 +954,12 @@ def pick_device(device):
 def load_backbone_file(path):
     """The Backbone of a Python file, which must define extract(view): a View -> features (N,C), row-major.
 
-    Raises ValueError, which names the file, where it cannot be run or has no such function.
+    Raises ValueError, which names the file, if it cannot be run or has no such function.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
     if not path.is_file():
         raise ValueError(f"backbone {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever is wrong in it
@@ -992,10 +971,10 @@ def load_backbone_file(path):
 
 @functools.lru_cache(maxsize=1)
 def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
-    """The Backbone by name: "dino"; "builtin", the colour alone; "auto", DINO where its weights are available, else the
+    """The Backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
     colour alone; or a Python file, see `load_backbone_file`.
 
-    weights, branch: see `load_dino`. The last answer is cached. Only "auto" without weights falls back, with a warning.
+    weights, branch: see `load_dino`. The last result is cached. Only "auto" without weights falls back, with a warning.
     Raises ValueError for other names, and what load_dino and load_backbone_file raise.
     """
     by_name = backbone in ("auto", "dino", "builtin")
@@ -1031,7 +1010,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
 def extract_features(backbone, view, device):
     """The features of a backbone for a View, (N,C) float32 on the device, rows of norm 1; None for the colour alone.
 
-    Raises ValueError, which names the backbone, where it fails or returns something else.
+    Raises ValueError, which names the backbone, if it fails or returns something else.
     """
     if backbone.extract is None:
         return None
@@ -1046,7 +1025,7 @@ def extract_features(backbone, view, device):
         raise ValueError(f"backbone {backbone.name}: extract must return a torch tensor, got {type(features).__name__}")
     if features.ndim != 2 or len(features) != n or not features.shape[1]:
         expected = f"({n},C) for {view.grid[0]} x {view.grid[1]} patches"
-        raise ValueError(f"backbone {backbone.name}: extract must return features {expected}, got {tuple(features.shape)}")
+        raise ValueError(f"backbone {backbone.name}: extract must return features {expected}, got {(*features.shape,)}")
     features = features.detach().to(device, torch.float32)
     if not features.isfinite().all():
         raise ValueError(f"backbone {backbone.name}: extract returned values that are not finite numbers")
@@ -1068,16 +1047,8 @@ def pca(features, components):
     return centred @ axes.flip(1)[:, :components]
 
 
-def position_in(area, h, w):
-    """The positions of cells (h,w) relative to an area (y0, x0, y1, x1), in cells: (h,1) and (1,w), -1 and 1 on its
-    sides."""
-    y0, x0, y1, x1 = area
-    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-    return (2 * (y - y0) / (y1 - y0) - 1)[:, None], (2 * (x - x0) / (x1 - x0) - 1)[None]
-
-
 def background_weights(area, field_of_view):
-    """How likely each cell (h,w) is background: near the sides of an area, in cells, or outside of it."""
+    """The weight of each cell (h,w) as background, in [0,1]: large near the sides of an area, in cells, and outside."""
     y, x = position_in(area, *field_of_view.shape)
     return (0.05 + y**2 + x**2).clamp(max=1) * field_of_view
 
@@ -1095,7 +1066,7 @@ def remove_trend(features, weights, h, w):
 
 
 def feature_maps(deep, colour, colour_weight, background):
-    """The maps in which the object is searched, one or two: (C,h,w), C at most 12, centred.
+    """The one or two maps in which the object is searched: (C,h,w) each, C at most 12, centred.
 
     deep: a backbone's features (N,C), or None; their trend is removed. colour: (N,4), or None. Their mean squares are
     1 - colour_weight and colour_weight, as in `join_features`; a single map has mean square 1.
@@ -1145,7 +1116,7 @@ def find_disc(maps, field_of_view, area, point=None):
     point: (row, column), given by the user.
     First the most salient point: the centre of the disc with the largest product of its contrasts to its ring and to
     the background (Itti, Koch and Niebur 1998; Achanta et al. 2009), over all maps, as the object stands out in each.
-    Then the size of the object there: the disc near that point, or the user's, with the largest contrast to its ring.
+    Then the size: of the discs near that point, or near the user's, the one with the largest contrast to its ring.
     """
     h, w = field_of_view.shape
     y, x = position_in(area, h, w)
@@ -1170,11 +1141,11 @@ def find_disc(maps, field_of_view, area, point=None):
 
 
 def box_is_tight(maps, field_of_view, area):
-    """Whether the object fills the user's box; else it is somewhere inside. Arguments as for `find_disc`.
+    """Whether the object fills the user's box; if not, it is somewhere inside. Arguments as for `find_disc`.
 
-    The box is loose where, in every map, the rim of the inscribed ellipse is like the outside of the box: less than
-    RIM_SHARE of the way to the middle. A map in which middle and outside are less than DISTINCT standard deviations
-    apart cannot tell, and then the box is taken as tight.
+    The box is loose if, in every map, the rim of the inscribed ellipse is similar to the outside of the box: less than
+    RIM_SHARE of the way to the middle. It is taken as tight if in a map middle and outside differ by less than DISTINCT
+    standard deviations, as such a map cannot tell.
     """
     y, x = position_in(area, *field_of_view.shape)
     distance, visible = torch.hypot(y, x), field_of_view > 0
@@ -1195,7 +1166,7 @@ def box_is_tight(maps, field_of_view, area):
 
 
 def locate_object(view, deep, lab, config, box=None, point=None):
-    """The View with the ellipse where the object is: the user's box if it is tight, else the disc that `find_disc` finds.
+    """The View with the object's ellipse: the user's box if it is tight, else the disc from `find_disc`.
 
     deep: a backbone's features (N,C), or None. lab: colours of the patches (N,3). box, point: as in `segment`.
     """
@@ -1214,28 +1185,31 @@ def locate_object(view, deep, lab, config, box=None, point=None):
         ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
         return dataclasses.replace(view, ellipse=ellipse, prompt="box")
     if point:
-        top, left, bottom, right = view.box
+        top, left, bottom, right = view.crop
         point = (point[1] + 0.5) * h / (bottom - top) - 0.5, (point[0] + 0.5) * w / (right - left) - 0.5
     row, column, radius = find_disc(maps, view.field_of_view, area, point)
     ellipse = PATCH * (row + 0.5), PATCH * (column + 0.5), PATCH * radius, PATCH * radius
     return dataclasses.replace(view, ellipse=ellipse, prompt="point" if point else "")
 
 
-def node_weights(view, fade_radii):
-    """The importance of each patch, (N,) in [0,1]: 0 outside the field of view; it falls beyond `fade_radii` radii of
-    the ellipse (0: it does not)."""
+def weigh_nodes(view, fade_radii):
+    """The weight of each patch, (N,) in [0,1]: 0 outside the field of view, falling beyond `fade_radii` radii of the
+    ellipse; a fade_radii of 0 disables the fall."""
     fade = torch.exp(-((view.distance_in_radii() / fade_radii) ** 4) / 2) if fade_radii else torch.ones(view.grid)
+    fade = F.threshold(fade, 1e-6, 0.0)  # products of smaller weights are denormal, which is slow on a CPU
     return (fade * view.valid_patches()).flatten()
 
 
 @standard_torch()
 def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
-    """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), the weights (N,).
+    """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), node weights (N,).
 
     rgb: (height,width,3) uint8. box, point: as in `segment`.
-    Raises ValueError for a box or point outside the image, or both, and for a backbone that fails.
+    Raises ValueError for a box or point that cannot be used, or both, and for a backbone that fails.
     """
-    box, point = check_prompt(box, point, *rgb.shape[:2])
+    if box is not None and point is not None:
+        raise ValueError("a box and a point are given: give one of them")
+    box, point = check_prompt("box", box, *rgb.shape[:2]), check_prompt("point", point, *rgb.shape[:2])
     view = view_photograph(rgb, config, box)
     deep = None if config.colour == 1 else extract_features(backbone, view, device)
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
@@ -1243,22 +1217,21 @@ def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
     background = (view.distance_in_radii() > 1) * view.valid_patches() + 1e-3
     colour = colour_features(lab, background.flatten()).to(device)
     features = join_features(deep, colour, config.colour)
-    return view, features, node_weights(view, config.fade_radii).to(device)
+    return view, features, weigh_nodes(view, config.fade_radii).to(device)
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
 
-# Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii, to
-# -L at 2 r. An object fills a tight box, or nearly; a disc is smaller than its object, less so at a point. Tuned.
+# Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii,
+# to -L at 2 r. An object nearly fills a tight box; a disc is smaller than its object, less so at a point. Tuned.
 POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
 def order_clusters(view, assignment):
-    """The clusters from surest background to surest object: the assignment (N,K) in that order, and how many are
-    background.
+    """The clusters in order from background to object: the assignment (N,K), and the number of background clusters.
 
-    A cluster is foreground where it is more common inside the ellipse than in the field of view. For two clusters that
-    holds for exactly one, unless they are alike. The rule is ours, as the paper states none.
+    A cluster is foreground if it is more common inside the ellipse than in the field of view. Of two clusters exactly
+    one is, unless both are equally common. The rule is ours, as the paper states none.
     """
     inside, visible = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
                        for nodes in (view.inside_ellipse(), view.valid_patches()))  # (K,) each  # fmt: skip
@@ -1266,20 +1239,22 @@ def order_clusters(view, assignment):
     return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
 
 
-def select_foreground(view, assignment, background, adjacency, weights, config):
+def select_foreground(view, assignment, n_background, adjacency, node_weights, config):
     """The probability of each patch to be object, (N,) in [0,1].
 
-    assignment: (N,K) from `order_clusters`, with so many `background` clusters. adjacency: (N,N). weights: (N,).
-    With config.similarity_weight 0 it is the sum of the foreground clusters. Else each patch is judged again, as a
-    modularity gives patches between two clusters to the smaller one with full confidence. Its log-odds are the position
-    prior plus similarity_weight times the logarithm of (mean similarity to the foreground / to the background); the
-    second term is dropped where it contradicts the patch's cluster.
+    assignment: (N,K) from `order_clusters`; its first n_background clusters are background. adjacency: (N,N).
+    node_weights: (N,).
+    It is the sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is
+    judged again, as modularity assigns patches between two clusters to the smaller one with full confidence. Its
+    log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to the foreground /
+    to the background); the second term is dropped if it contradicts the patch's cluster, or if its node weight is 0.
     """
-    foreground = assignment[:, background:].sum(1)
-    if config.similarity_weight and background < config.clusters:
+    foreground = assignment[:, n_background:].sum(1)
+    if config.similarity_weight and n_background < config.clusters:
         membership = torch.stack([foreground, 1 - foreground], dim=1)  # (N,2)
-        mean_similarity = adjacency @ membership / weights.clamp(min=1e-12)[:, None]  # of patch i: sum_j w_j C_j f_i f_j
-        mean_similarity = mean_similarity / (weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1]
+        mean_similarity = adjacency @ membership  # of patch i: w_i sum_j w_j membership_j f_i f_j
+        mean_similarity = mean_similarity / node_weights.clamp(min=1e-12)[:, None]
+        mean_similarity = mean_similarity / (node_weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1]
         logs = mean_similarity.clamp(min=0.01).log()  # smaller similarities are noise
         log_odds = config.similarity_weight * (logs[:, 0] - logs[:, 1])
         log_odds = torch.where(log_odds * (foreground - 0.5) > 0, log_odds, 0)
@@ -1293,9 +1268,8 @@ def refine_maps(view, maps, config):
     """Maps over the resized image (s,t,M), the foreground first: refined by the bilateral solver and smoothed."""
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        # A pixel's confidence is the size of the foreground's log-odds: where the patches are unsure, the colours
-        # decide. Twice that, so that odds of 5 to 3 count as much as the 0.999 which the authors' code gives to every
-        # pixel, and their lambda holds. The clip keeps it finite, at most 32.
+        # Confidence is twice |log-odds| of the foreground: where patches are unsure, colours decide. At odds of 5 to 3
+        # it is about the 0.999 that the authors' code gives every pixel, so their lambda holds. Clipped to at most 32.
         confidence = 2 * np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
         maps = bilateral.solve(maps, guide, confidence, smoothness=config.bilateral_lambda).astype(np.float32)
     return ndimage.gaussian_filter(maps, (config.mask_blur, config.mask_blur, 0))
@@ -1311,26 +1285,26 @@ def clean_mask(mask, keep_components):
     return mask
 
 
-def make_mask(view, assignment, adjacency, weights, config, size):
+def make_mask(view, assignment, adjacency, node_weights, config, size):
     """The clusters of the patches, assignment (N,K), as maps over the photograph of `size` (height,width).
 
     The foreground and, for K > 2, the clusters are upsampled to the resized image, refined, upsampled to the
     photograph, thresholded and cleaned.
     Returns a dictionary: the mask, probability and labels of a Segmentation, and the ordered assignment.
     """
-    assignment, background = order_clusters(view, assignment)
-    foreground = select_foreground(view, assignment, background, adjacency, weights, config)
+    assignment, n_background = order_clusters(view, assignment)
+    foreground = select_foreground(view, assignment, n_background, adjacency, node_weights, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
     refined = 1 if config.clusters == 2 else 1 + config.clusters  # for two clusters the foreground is enough
     maps = np.concatenate([refine_maps(view, maps[..., :refined], config), maps[..., refined:]], axis=2)
 
-    y0, x0, y1, x1 = view.box
+    y0, x0, y1, x1 = view.crop
     shown = y1 - y0, x1 - x0  # height and width of what the View shows
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
     maps = F.interpolate(maps, size=shown, mode="bilinear", antialias=True)[0].numpy()  # (1+K,*shown)
-    scale = [n / side for n, side in zip(2 * shown, 2 * view.image.shape[1:])]
-    top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, scale))
+    sy, sx = shown[0] / view.image.shape[1], shown[1] / view.image.shape[2]
+    top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, (sy, sx, sy, sx)))
     soft = np.zeros(shown, np.float32)  # 0 outside the search area
     soft[top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
 
@@ -1338,9 +1312,9 @@ def make_mask(view, assignment, adjacency, weights, config, size):
     probability[y0:y1, x0:x1] = soft
     mask[y0:y1, x0:x1] = clean_mask(soft > 0.5, config.keep_components)
     # The most likely cluster: of the foreground clusters inside the mask, of the others outside
-    allowed = (np.arange(config.clusters) >= background)[:, None, None] == mask[y0:y1, x0:x1]
+    allowed = (np.arange(config.clusters) >= n_background)[:, None, None] == mask[y0:y1, x0:x1]
     labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
-    if config.invert and background < config.clusters:  # without an object there is nothing to swap
+    if config.invert and n_background < config.clusters:  # without an object there is nothing to swap
         mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
         assignment = assignment.flip(1)
     assignment = assignment.cpu().unflatten(0, view.grid).numpy()
@@ -1357,14 +1331,14 @@ class Segmentation:
     image: np.ndarray  # (height,width,3) uint8, the photograph
     mask: np.ndarray  # (height,width) bool, the object
     probability: np.ndarray  # (height,width) float32 in [0,1], of foreground, before cleaning
-    labels: np.ndarray  # (height,width) uint8, 0 to K - 1, from surest background to surest object
+    labels: np.ndarray  # (height,width) uint8, 0 to K - 1, the clusters in order from background to object
     assignment: np.ndarray  # (h,w,K) float32, soft clusters of the patches, in the order of the labels
     view: View  # the resized image, and the object's ellipse
     features: torch.Tensor  # f (N,C), rows of norm 1
     node_weights: torch.Tensor  # (N,)
-    network: UnSegMedGAT  # after the fit
+    network: UnSegMedGAT  # after the last step
     modularity: float  # Q of the clusters, eq. (6); near 0 where the graph has no communities
-    history: list  # the loss before every step
+    losses: list  # the loss before every step
     backbone: str  # its name
     seconds: dict  # wall-clock time of each stage
 
@@ -1375,11 +1349,12 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     """Segment one photograph: the whole method.
 
     image: a path, a PIL image, or a uint8 array (height,width,3) or (height,width).
-    box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, tight or loose; all else is background.
+    box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, tight or loose; the rest is
+        background.
     point: (x, y) px, near the middle of the object. Without box and point the object is searched in the whole image.
     backbone: "auto", "dino", "builtin", a Python file, or a Backbone; weights, branch: see `load_backbone`.
     device: "auto", "cpu", "cuda" or "mps".
-    shared: parameters from `fit_collective`; without them config.shared_epochs has no effect.
+    shared: a state_dict from `fit_collective`; without it config.shared_epochs has no effect.
     progress: show a progress bar while DINO's weights are downloaded.
     Returns a Segmentation. Raises ImageError for an image that cannot be segmented, and ValueError or OSError for a
     prompt, weights, a backbone or a device that cannot be used.
@@ -1390,19 +1365,19 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     clock = [time.perf_counter()]
     rgb = load_image(image)
     clock.append(time.perf_counter())
-    view, features, importance = extract_nodes(rgb, config, backbone, device, box, point)
+    view, features, node_weights = extract_nodes(rgb, config, backbone, device, box, point)
     clock.append(time.perf_counter())
-    adjacency = build_graph(features, config.tau, importance)
+    adjacency = build_graph(features, config.tau, node_weights)
     fitted = fit(features, adjacency, config, shared)
     if not fitted.has_communities:
         name = image if isinstance(image, (str, Path)) else "the image"
         log.warning("%s: no communities were found in %d epochs, so the mask is empty", name, len(fitted.losses))
     clock.append(time.perf_counter())
-    maps = make_mask(view, fitted.assignment, adjacency, importance, config, rgb.shape[:2])
+    maps = make_mask(view, fitted.assignment, adjacency, node_weights, config, rgb.shape[:2])
     clock.append(time.perf_counter())
-    seconds = dict(zip(("read", "features", "fit", "refine"), np.diff(clock).tolist()))
-    return Segmentation(image=rgb, **maps, view=view, features=features, node_weights=importance,
-                        network=fitted.network, modularity=fitted.modularity, history=fitted.losses,
+    seconds = dict(zip(("read", "features", "fit", "mask"), np.diff(clock).tolist()))
+    return Segmentation(image=rgb, **maps, view=view, features=features, node_weights=node_weights,
+                        network=fitted.network, modularity=fitted.modularity, losses=fitted.losses,
                         backbone=backbone.name, seconds=seconds)  # fmt: skip
 
 
@@ -1442,7 +1417,7 @@ def captioned(text, picture, size):
 
 
 def image_grid(tiles, columns):
-    """PIL images of one size side by side, in rows of so many columns: a PIL image."""
+    """PIL images of one size in a grid of so many columns: a PIL image."""
     from torchvision.transforms.functional import to_pil_image, to_tensor
     from torchvision.utils import make_grid
 
@@ -1463,14 +1438,14 @@ def explain(result, config):
     x = centre_and_scale(result.features, adjacency)
     node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * result.node_weights.cpu()).argmax())
     with torch.no_grad():
-        _, score_src, score_dst = result.network.series[0][0].project(x)  # the first layer of the first series
-        alpha = attention_weights(score_src[:, node : node + 1], score_dst, adjacency[node : node + 1])  # (H,1,N)
+        _, score_dst, score_src = result.network.series[0][0].project(x)  # the first layer of the first series
+        alpha = attention_weights(score_dst[:, node : node + 1], score_src, adjacency[node : node + 1])  # (H,1,N)
     rows = []
     for values in (adjacency[node], alpha.mean(0)[0]):
         rows.append(heatmap((values / values.max().clamp(min=1e-12)).unflatten(0, (h, w)).cpu().numpy()))
         rows[-1].putpixel((node % w, node // w), (0, 160, 255))
 
-    y0, x0, y1, x1 = view.box
+    y0, x0, y1, x1 = view.crop
     scale = 256 / min(y1 - y0, x1 - x0)
     size = round((x1 - x0) * scale), round((y1 - y0) * scale)
     pictures = {
@@ -1524,9 +1499,10 @@ def add_config_flags(parser):
 def add_backbone_flags(parser):
     """Add the flags that choose the features and the device; both programs have them."""
     parser.add_argument("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, the colour alone; "
-                        "auto (default), DINO's if they are available; FILE.py, which defines extract(view)")  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="file with DINO's weights; default: torch.hub's cache or a download")
-    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
+                        "auto (default), DINO's if available; FILE.py, which defines extract(view)")  # fmt: skip
+    parser.add_argument("--weights", type=Path, help="file with DINO's weights; default: torch.hub's, or a download")
+    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher",
+                        help="which network of DINO's full checkpoint; default teacher")  # fmt: skip
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
 
 
@@ -1548,15 +1524,15 @@ def build_parser():
     add_prompt = parser.add_mutually_exclusive_group().add_argument
     add_prompt("--point", type=parse_ints, action="append", metavar="X,Y", help="px, near the middle of the object")
     add_prompt("--box", type=parse_ints, action="append", metavar="X0,Y0,X1,Y1",
-               help="px, a rectangle around the object, tight or loose; all else is background")  # fmt: skip
+               help="px, a rectangle around the object, tight or loose; the rest is background")  # fmt: skip
     for kind, (what, _) in OUTPUTS.items():
         if what:
             add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
     add_backbone_flags(parser)
     add("--preset", choices=PRESETS, help="the paper's settings, where it states them")
     add("--skip-existing", action="store_true", help="skip images whose outputs all exist")
-    add("--workers", type=int, default=0, metavar="N", help="threads that segment images side by side; default: as many "
-        "as torch uses (OMP_NUM_THREADS, or the cores), at most 4 on a GPU. The outputs do not depend on it")  # fmt: skip
+    add("--workers", type=int, default=0, metavar="N", help="threads that segment images side by side; default: as "
+        "many as torch uses (OMP_NUM_THREADS, or the cores), at most 4 on a GPU. Does not change outputs")  # fmt: skip
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--verbose", action="store_true", help="print the seconds of every stage")
     add_config_flags(parser)
@@ -1582,7 +1558,7 @@ def list_images(folder):
     if not images:
         raise ValueError(f"{folder}: there is no image in this folder")
     kinds = Counter("folder" if path.is_dir() else path.suffix.lower() or "without suffix"
-                    for path in entries if path not in set(images))  # fmt: skip
+                    for path in {*entries} - {*images})  # fmt: skip
     if kinds and rank_and_world()[0] == 0:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         log.warning("%s: %d entries are skipped, as they are not images that are read here: %s",
@@ -1591,8 +1567,7 @@ def list_images(folder):
 
 
 def plan_outputs(args):
-    """Pairs (image, {kind: output path}), checked before any work: no two outputs share a path, and none overwrites an
-    input. Raises ValueError."""
+    """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
     images, output = [], args.output
     for path in args.images:
         if path.is_dir() and os.path.realpath(path) == os.path.realpath(output):  # masks would be the next run's images
@@ -1628,7 +1603,7 @@ STALE_SECONDS = 3600  # a part of this age was left by a killed run, as writing 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a path to write to, in the same folder; afterwards rename it to `path`, which so appears whole or not at all.
+    """Yield a path in the same folder to write to, then rename it to `path`, which appears whole or not at all.
 
     Every writer has a path of its own, as two runs may write into one folder.
     """
@@ -1649,7 +1624,7 @@ def remove_stale_parts(folder):
 
 
 def print_line(text):
-    """Print a line; where it cannot be written (`| head`, a closed terminal, a full disk), print nothing from then on."""
+    """Print a line. If that fails (`| head`, a closed terminal, a full disk), print nothing from then on."""
     try:
         print(text, flush=True)
     except OSError:
@@ -1681,7 +1656,7 @@ def rank_and_world():
     return (distributed.get_rank(), distributed.get_world_size()) if in_distributed_run() else (0, 1)
 
 
-def gather(value):
+def all_gather(value):
     """The value of every rank of a torch.distributed run, in order; [value] outside one."""
     values = [value] * rank_and_world()[1]
     if in_distributed_run():
@@ -1690,9 +1665,9 @@ def gather(value):
 
 
 def backbone_from_args(args, device):
-    """The Backbone of parsed arguments. Raises ValueError where the ranks of a run have different ones."""
+    """The Backbone of parsed arguments. Raises ValueError if the ranks of a run have different ones."""
     backbone = load_backbone(args.backbone, args.weights, args.branch, device, not args.quiet)
-    if len(set(gather(backbone.name))) > 1:
+    if len(set(all_gather(backbone.name))) > 1:
         raise ValueError("DINO's weights are available to some ranks only: pass --weights, or --backbone builtin")
     return backbone
 
@@ -1710,18 +1685,18 @@ def prompts_from_args(args):
     return prompts
 
 
-def shared_parameters(node_sets, config, device, quiet):
-    """The parameters of the collective phase over the nodes of all images that can be read.
+def shared_parameters(extractors, config, device, quiet):
+    """The parameters of the collective phase over all images that can be read.
 
-    node_sets: functions that return a View, features and weights. An image that fails is left out here; its own turn
-    reports the error.
+    extractors: functions that return what `extract_nodes` returns, one for each image. An image that fails is left out
+    here; its own turn reports the error.
     """
-    readable = []
-    for extract in node_sets:
+    node_sets = []
+    for extract in extractors:
         with contextlib.suppress(Exception):
-            _, features, weights = extract()
-            readable.append((features.cpu(), weights.cpu()))
-    return fit_collective(readable, config, device, quiet)
+            _, features, node_weights = extract()
+            node_sets.append((features.cpu(), node_weights.cpu()))
+    return fit_collective(node_sets, config, device, quiet)
 
 
 def segment_all(args):
@@ -1735,7 +1710,7 @@ def segment_all(args):
             if not (args.skip_existing and all(path.exists() for path in item[1].values()))]  # fmt: skip
     if len(todo) < len(share) and not args.quiet:
         print_line(f"{len(share) - len(todo)} of {len(share)} images are skipped, as their outputs exist")
-    if not any(gather(bool(todo))):  # of all ranks: those that have nothing to do wait for the others below
+    if not any(all_gather(bool(todo))):  # of all ranks: those that have nothing to do wait for the others below
         return 0
     device = pick_device(args.device)
     backbone = backbone_from_args(args, device)
@@ -1744,10 +1719,9 @@ def segment_all(args):
     remove_stale_parts(folder)
     segment_kwargs = {**prompts, "device": device, "backbone": backbone}
     if config.shared_epochs:  # over all images on every rank, so that all ranks have the same parameters
-        segment_kwargs["shared"] = shared_parameters(
-            [lambda path=path: extract_nodes(load_image(path), config, backbone, device, **prompts) for path, _ in plan],
-            config, device, args.quiet or rank > 0,
-        )  # fmt: skip
+        extractors = [lambda path=path: extract_nodes(load_image(path), config, backbone, device, **prompts)
+                      for path, _ in plan]  # fmt: skip
+        segment_kwargs["shared"] = shared_parameters(extractors, config, device, args.quiet or rank > 0)
     return report_failures(segment_in_threads(todo, len(plan), config, segment_kwargs, args), len(plan))
 
 
@@ -1775,7 +1749,7 @@ def segment_in_threads(todo, count, config, segment_kwargs, args):
 
 def report_failures(failures, count):
     """Log the images that failed on any rank, of `count`; returns the exit code."""
-    failures = sum(gather(failures), [])
+    failures = sum(all_gather(failures), [])
     if rank_and_world()[0] > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
         return 0
     if failures and count > 1:
@@ -1784,7 +1758,7 @@ def report_failures(failures, count):
 
 
 def run_program(program, advice):
-    """The exit code of program(): what it returns, 2 after an error, which is logged in one line, 130 after an interrupt.
+    """The exit code of program(): what it returns, 2 after an error, logged in one line, or 130 after an interrupt.
 
     Under torchrun the processes are connected meanwhile, to share the images; see `rank_and_world`.
     """
