@@ -832,6 +832,7 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
 def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_its_position(prompt, radius):
     view = view_of(np.zeros((80, 80, 3), np.uint8), ellipse=(40.0, 40.0, 20.0, 20.0), prompt=prompt)
     f, weights, x = F.normalize(torch.randn(100, 4), dim=1), torch.rand(100) + 0.1, torch.rand(100)
+    weights[7] = 0  # a node without edges
     x = (x + view.inside_ellipse().flatten()) / 2
     adjacency, config = u.build_graph(f, 0.3, weights), u.Config(similarity_weight=3)
     expected = torch.zeros(100)
@@ -841,12 +842,12 @@ def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_b
         prior = u.POSITION_PRIOR[prompt][0] * max(-1, 1 - view.distance_in_radii().flatten()[i] / radius)
         odds = (inside / outside) ** 3
         expected[i] = float(1 / (1 + math.exp(-prior) / (odds if (odds > 1) == (x[i] > 0.5) else 1)))
-    order, background = u.order_clusters(view, torch.stack([x, 1 - x], dim=1))
+    order, background = u.order_clusters(view, torch.stack([x, 1 - x], dim=1), weights)
     assert background == 1 and torch.equal(order[:, 1], x)
     foreground = u.select_foreground(view, order, background, adjacency, weights, config)
-    torch.testing.assert_close(foreground, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(foreground, expected * (weights > 0), rtol=1e-4, atol=1e-6)
     plain = u.Config(similarity_weight=0)
-    assert torch.equal(u.select_foreground(view, order, background, adjacency, weights, plain), x)
+    assert torch.equal(u.select_foreground(view, order, background, adjacency, weights, plain), x * (weights > 0))
     config = u.Config(refine=False, mask_blur=0.0)  # where all patches are alike the prior decides
     alike = u.make_mask(view, order, torch.ones(100, 100), torch.ones(100), config, (80, 80))["mask"]
     assert iou(alike, disc(39.5, 39.5, 20 * radius, 80, 80)) > 0.9
@@ -860,7 +861,7 @@ def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
         x = torch.where(view.field_of_view > 0, share, frame)
         assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
         config = u.Config(similarity_weight=0, refine=False, mask_blur=0.0)
-        masks.append(u.make_mask(view, assignment, torch.eye(400), torch.ones(400), config, (160, 160))["mask"])
+        masks.append(u.make_mask(view, assignment, torch.eye(400), u.weigh_nodes(view, 0), config, (160, 160))["mask"])
     assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
 
 

@@ -1227,15 +1227,15 @@ def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
 POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
-def order_clusters(view, assignment):
+def order_clusters(view, assignment, node_weights):
     """The clusters in order from background to object: the assignment (N,K), and the number of background clusters.
 
-    A cluster is foreground if it is more common inside the ellipse than in the field of view. Of two clusters exactly
-    one is, unless both are equally common. The rule is ours, as the paper states none.
+    A cluster is foreground if it is more common inside the ellipse than in the whole graph, nodes counting by weight.
+    Of two clusters exactly one is, unless both are equally common. The rule is ours, as the paper states none.
     """
-    inside, visible = (nodes.flatten().to(assignment) @ assignment / nodes.sum().clamp(min=1)
-                       for nodes in (view.inside_ellipse(), view.valid_patches()))  # (K,) each  # fmt: skip
-    excess = inside / visible.clamp(min=1e-6) - 1
+    inside, overall = (weights.to(assignment) @ assignment / weights.sum().clamp(min=1e-6)
+                       for weights in (view.inside_ellipse().flatten(), node_weights))  # (K,) each  # fmt: skip
+    excess = inside / overall.clamp(min=1e-6) - 1
     return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
 
 
@@ -1247,7 +1247,8 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     It is the sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is
     judged again, as modularity assigns patches between two clusters to the smaller one with full confidence. Its
     log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to the foreground /
-    to the background); the second term is dropped if it contradicts the patch's cluster, or if its node weight is 0.
+    to the background); the second term is dropped if it contradicts the patch's cluster. Nodes of weight 0, which have
+    no edges, are background.
     """
     foreground = assignment[:, n_background:].sum(1)
     if config.similarity_weight and n_background < config.clusters:
@@ -1261,7 +1262,7 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
         strength, radius = POSITION_PRIOR[view.prompt]
         prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
         foreground = torch.sigmoid(log_odds + prior.to(log_odds))
-    return foreground * view.valid_patches().flatten().to(foreground)
+    return foreground * (node_weights > 0)
 
 
 def refine_maps(view, maps, config):
@@ -1292,7 +1293,7 @@ def make_mask(view, assignment, adjacency, node_weights, config, size):
     photograph, thresholded and cleaned.
     Returns a dictionary: the mask, probability and labels of a Segmentation, and the ordered assignment.
     """
-    assignment, n_background = order_clusters(view, assignment)
+    assignment, n_background = order_clusters(view, assignment, node_weights)
     foreground = select_foreground(view, assignment, n_background, adjacency, node_weights, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
