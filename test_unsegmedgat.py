@@ -195,7 +195,7 @@ def test_loss_is_equation_8_with_b_formed_and_its_first_term_the_modularity_of_n
     theirs = networkx.community.modularity(
         networkx.from_numpy_array(loopless.numpy()), [{*np.flatnonzero(clusters == k)} for k in range(3)]
     )
-    assert -u.modularity_loss(F.one_hot(clusters).double(), loopless, collapse_weight=0).item() == pytest.approx(theirs)
+    assert u.modularity(F.one_hot(clusters).double(), loopless).item() == pytest.approx(theirs)
 
 
 def communities(n=40, groups=2, noise=0.2):
@@ -236,7 +236,7 @@ def test_fit_reaches_the_modularity_of_the_leading_eigenvector_on_graphs_of_any_
 
     d = adjacency.sum(1)
     leading = torch.linalg.eigh(adjacency - torch.outer(d, d) / d.sum())[1][:, -1] > 0  # Newman 2006
-    best = -u.modularity_loss(F.one_hot(leading.long(), 2).float(), adjacency, collapse_weight=0).item()
+    best = u.modularity(F.one_hot(leading.long(), 2).float(), adjacency).item()
     assert u.fit(features, adjacency).modularity >= 0.9 * best > 0
 
 
@@ -1008,7 +1008,24 @@ def test_a_backbone_from_a_python_file_and_what_is_said_of_a_bad_one(tmp_path, p
         assert iou(np.array(Image.open(out)) > 0, lesion()[1]) > 0.8 and "my_backbone.py" in capsys.readouterr().out
 
 
-# Command line --------------------------------------------------------------------------------------------------
+# README and command line ---------------------------------------------------------------------------------------
+
+
+def test_the_python_of_the_readme_runs_and_its_flags_exist(tmp_path, monkeypatch):
+    text = (HERE / "README.md").read_text()
+    in_python, backbone_file = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("assets").symlink_to(HERE / "assets")
+    monkeypatch.setattr(u, "load_backbone", lambda name: u.Backbone(name, None))  # without the network
+    exec(in_python, names := {})
+    image, result = Image.open("assets/image.png"), names["result"]
+    assert result.mask.shape == result.labels.shape == image.size[::-1] == Image.open("overlay.png").size[::-1]
+    monkeypatch.undo()
+    (tmp_path / "resnet.py").write_text(backbone_file.replace('weights="DEFAULT"', ""))  # random ones
+    result = segment(lesion()[0], backbone=str(tmp_path / "resnet.py"), epochs=5)
+    assert result.features.shape == (math.prod(result.view.grid), 1024 + 4)
+    flags = {flag for parser in (u.build_parser(), evaluator.build_parser()) for flag in parser._option_string_actions}
+    assert {*re.findall(r"--[a-z][a-z0-9-]+", text)} <= flags | {"--nproc-per-node"}
 
 
 def test_the_readme_command_as_a_user_types_it_and_on_dinos_weights(tmp_path, photo, dino_files):

@@ -397,15 +397,11 @@ def has_converged(losses, config):
 class Fit:
     """What `fit` returns."""
 
-    assignment: torch.Tensor  # C (N,K), rows summing to 1; 1/K everywhere where there are no communities
+    assignment: torch.Tensor  # C (N,K), rows summing to 1; all 1 / K if there are no communities
     losses: list  # the loss before every step
     modularity: float  # Q of the most likely clusters, eq. (6)
+    has_communities: bool  # whether Q is at least MIN_MODULARITY
     network: UnSegMedGAT  # after the last step
-
-    @property
-    def has_communities(self):
-        """Whether the clusters have a modularity that is more than noise."""
-        return self.modularity >= MIN_MODULARITY
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever the caller has switched off
@@ -431,10 +427,11 @@ def fit(features, adjacency, config=Config(), shared=None):
     with torch.no_grad():
         assignment = network(x, adjacency)
         clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-        result = Fit(assignment, losses, modularity(clusters, adjacency).item(), network)
-        if not result.has_communities:  # then no cluster is the object's
-            assignment.fill_(1 / config.clusters)
-    return result
+        q = modularity(clusters, adjacency).item()  # eq. (6)
+    has_communities = q >= MIN_MODULARITY
+    if not has_communities:  # then no cluster is the object's
+        assignment = torch.full_like(assignment, 1 / config.clusters)
+    return Fit(assignment, losses, q, has_communities, network)
 
 
 # UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
