@@ -22,6 +22,24 @@ from scipy.sparse.linalg import cg
 RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
 
 
+def blur_matrix(keys, steps):
+    """The blur [1 2 1] along each axis, summed over the axes: (V,V) sparse.
+
+    keys: (V,) ascending, a number for each vertex. steps: the difference of the keys of neighbours along each axis.
+    """
+    vertices = np.arange(len(keys))
+    rows, columns = [vertices], [vertices]
+    for step in steps:
+        found = np.minimum(np.searchsorted(keys, keys + step), len(keys) - 1)
+        pairs = np.flatnonzero(keys[found] == keys + step)
+        rows += [pairs, found[pairs]]
+        columns += [found[pairs], pairs]
+    weights = np.ones(sum(map(len, rows)))
+    weights[: len(keys)] = 2 * len(steps)
+    rows, columns = np.concatenate(rows).astype(np.int32), np.concatenate(columns).astype(np.int32)
+    return coo_matrix((weights, (rows, columns)), shape=(len(keys), len(keys))).tocsr()
+
+
 class BilateralGrid:
     """The occupied cells of a grid over (row, column, luma, chroma, chroma), and their blur (section 2.1).
 
@@ -69,17 +87,7 @@ class BilateralGrid:
         self.vertices = len(keys)
         self.mass = np.bincount(self.pixel_vertex, minlength=self.vertices).astype(float)  # (V,) pixels in a vertex
 
-        # The blur along each axis is [1 2 1]; the sum over the five axes is one sparse matrix.
-        rows, columns = [np.arange(self.vertices)], [np.arange(self.vertices)]
-        for step in steps:
-            found = np.minimum(np.searchsorted(keys, keys + step), self.vertices - 1)
-            pairs = np.flatnonzero(keys[found] == keys + step)
-            rows += [pairs, found[pairs]]
-            columns += [found[pairs], pairs]
-        weights = np.ones(sum(map(len, rows)))
-        weights[: self.vertices] = 2 * len(steps)
-        rows, columns = np.concatenate(rows).astype(np.int32), np.concatenate(columns).astype(np.int32)
-        self.blur = coo_matrix((weights, (rows, columns)), shape=(self.vertices, self.vertices)).tocsr()  # (V,V)
+        self.blur = blur_matrix(keys, steps)  # (V,V)
 
     def splat(self, values):
         """Sum pixel values (H,W) over each vertex: (V,)."""
