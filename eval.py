@@ -313,7 +313,8 @@ def files_below(folder):
     """The image files in a folder and its subfolders, sorted. Raises ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    found = [p for p in sorted(folder.rglob("*")) if u.is_image(p)]
+    hidden = re.compile(r"(^|[/\\])\.")  # .ipynb_checkpoints and the like
+    found = [p for p in sorted(folder.rglob("*")) if u.is_image(p) and not hidden.search(str(p.relative_to(folder)))]
     if not found:
         raise ValueError(f"{folder}: there is no image in this folder")
     return found
@@ -359,6 +360,8 @@ def load_mask(path, shape):
     """
     try:
         with Image.open(path) as image:
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ValueError(f"it holds {image.n_frames} frames")
             lossy, image = image.format in ("JPEG", "MPO", "WEBP"), u.turn_upright(image)
             image = u.flatten_transparency(image, "black")
             image = image.convert("RGB") if image.mode in ("P", "CMYK") else image
@@ -682,7 +685,8 @@ def build_parser():
         prog="eval.py",
         description="Score UnSegMedGAT, the methods of its paper and trivial baselines on your images and masks.",
         epilog="Protocols: " + "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + ". `eval.py bench` "
-        "times every stage on this machine. Exit code: 0 all images done, 1 some image failed, 2 wrong use.",
+        "times every stage on this machine. Exit code: 0 all images done, 1 some image failed, 2 wrong use, "
+        "130 interrupted.",
     )  # fmt: skip
     add = parser.add_argument
     add("images", type=Path, help="a folder of images")
@@ -750,7 +754,8 @@ def check_args(args):
     outputs = [path.resolve() for path in (args.csv, args.json, args.sheet) if path]
     inputs = {Path(folder).resolve() for folder in (args.images, args.masks, *dict(args.predictions).values())}
     for path in outputs:
-        require(os.access(path.parent, os.W_OK), f"{path}: there is no such folder, or no permission to write there")
+        require(path.parent.is_dir() and os.access(path.parent, os.W_OK),
+                f"{path}: there is no such folder, or no permission to write there")  # fmt: skip
         require(not path.is_dir() and outputs.count(path) == 1,
                 f"{path}: is a folder, or named for two outputs; name another file")  # fmt: skip
         require(not inputs & {*path.parents}, f"{path}: lies in an input folder; name another file")
@@ -768,7 +773,7 @@ def score_settings(run):
 
 
 def row_fingerprint(row, pairs, run):
-    """A digest of the settings and folders that a row's scores depend on; for unsegmedgatc also of the image names."""
+    """A digest of the settings and the folders' names, not contents; for unsegmedgatc also of the images' names."""
     folders = (run.args.images, run.args.masks, dict(run.args.predictions).get(row, ""))
     data = [score_settings(run), [str(Path(folder).resolve()) for folder in folders]]
     if row == "unsegmedgatc":  # it learns from all images
@@ -812,19 +817,20 @@ def print_report(run, summary, count, groups):
     if args.oracle_features is not None:
         what = what.removesuffix("; no ground truth reaches a method")
         what += "; USES GROUND TRUTH: the features are made from it"
-    print(f"**{args.protocol}** protocol: {what}. n = {count} images" + (f" in {groups} groups." if groups else "."))
+    u.print_line(f"**{args.protocol}** protocol: {what}. n = {count} images"
+                 + (f" in {groups} groups." if groups else "."))  # fmt: skip
     changed = {name: value for name, value in vars(config).items() if value != getattr(u.Config(), name)}
     changed |= {name: getattr(args, name) for name, default in (("squash", False), ("jitter", 0), ("loosen", 1.0))
                 if getattr(args, name) != default}  # fmt: skip
     texts = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in changed.items()]
-    print(f"Backbone: {run.backbone.name}. Seed {config.seed}. "
-          f"Settings: {', '.join([args.preset or 'default', *texts])}.\n")  # fmt: skip
-    print(markdown(summary, args.reference))
-    print(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {args.tolerance}"
-          f"{' of the diagonal' if args.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
-          "A failed image counts as 0 (HD95: 100).")  # fmt: skip
+    u.print_line(f"Backbone: {run.backbone.name}. Seed {config.seed}. "
+                 f"Settings: {', '.join([args.preset or 'default', *texts])}.\n")  # fmt: skip
+    u.print_line(markdown(summary, args.reference))
+    u.print_line(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {args.tolerance}"
+                 f"{' of the diagonal' if args.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
+                 "A failed image counts as 0 (HD95: 100).")  # fmt: skip
     if args.reference:
-        print("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
+        u.print_line("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
 
 
 def groups_of(stems, pattern):
@@ -832,7 +838,7 @@ def groups_of(stems, pattern):
     labels = []
     for stem in stems:
         label = None
-        with contextlib.suppress(re.error, TypeError, IndexError):  # no pattern, no match, no group
+        with contextlib.suppress(re.error, OverflowError, TypeError, IndexError):  # no pattern, no match, no group
             label = re.search(pattern, stem)[1]
         if label is None:
             raise ValueError(f"--group-by {pattern}: must be a regular expression with a group ( ) that matches {stem}")
@@ -947,7 +953,7 @@ def bench_graph(n, device):
     with contextlib.suppress(ImportError):  # without torch_geometric the row is left out
         if n <= 784:  # larger graphs take too much memory
             use_geometric(network, adjacency)
-            optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr)
+            _, optimizer = u.seeded_model(lambda: network, config, device)
             epoch = time_epoch(network, optimizer, x, adjacency, config, capture=False)  # GATConv cannot be captured
             column["epoch, torch_geometric, ms"] = 1e3 * epoch
     return column
@@ -955,10 +961,7 @@ def bench_graph(n, device):
 
 def time_epoch(network, optimizer, x, adjacency, config, capture=True):
     """The seconds of one epoch of `fit`, on CUDA captured as there."""
-
-    def epoch():
-        return u.train_step(optimizer, lambda: u.modularity_loss(network(x, adjacency), adjacency, collapse_weight=0))
-
+    epoch = functools.partial(u.train_step, optimizer, lambda: u.loss_of(network, x, adjacency, config))
     for _ in range(3):
         epoch()
     return best_time(u.capture_cuda_graph(epoch, x.device) if capture and x.is_cuda else epoch)

@@ -689,13 +689,9 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, mode, tolerance):
     assert np.abs(rgb - grey[..., None]).max() <= tolerance and rgb.max() >= 254
 
 
-def test_transparency_is_laid_on_white_exif_turns_the_image_and_arrays_are_images_too(tmp_path):
+def test_transparency_is_laid_on_white_and_arrays_are_images_too():
     assert (u.load_image(Image.new("RGBA", (20, 10), (255, 0, 0, 0))) == 255).all()
     rgb, _ = lesion()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(u.load_image(tmp_path / "turned.png"), np.rot90(rgb, -1))
     assert np.array_equal(u.load_image(rgb), rgb)
     with pytest.raises(u.ImageError, match="uint8"):
         u.load_image(rgb / 255)
@@ -823,7 +819,6 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     assert iou(boxed.mask[:, :128], truth) > 0.9 and not boxed.mask[:, 128:].any()
     boxed.probability[y0:y1, x0:x1] = boxed.labels[y0:y1, x0:x1] = 0
     assert not boxed.probability.any() and not boxed.labels.any()  # nothing outside
-    assert np.array_equal(segment(both, size=96, box=np.uint8(box)).mask, boxed.mask)  # whose sums would overflow
     assert segment(rgb, epochs=2, box=(60, 50, 61, 51)).mask.sum() <= 1
     assert segment(np.tile(rgb, (3, 9, 1)), epochs=2, box=(10, 99, 1110, 103)).view.grid[1] < 40  # no strip of patches
 
@@ -855,14 +850,16 @@ def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_b
 
 def test_patches_out_of_the_field_of_view_have_no_say_in_what_is_foreground():
     view = view_of(np.zeros((160, 160, 3), np.uint8), ellipse=(80.0, 40.0, 30.0, 30.0))
-    view.field_of_view[:, 10:] = 0
-    share, masks = torch.where(view.inside_ellipse() > 0, 0.6, 0.1), []
+    view.field_of_view[:, 5:] = 0  # half of the ellipse lies outside of it
+    share, masks = torch.where(view.inside_ellipse() > 0, 0.6, 0.3), []
     for frame in 0.0, 1.0:
         x = torch.where(view.field_of_view > 0, share, frame)
         assignment = torch.stack([1 - x, x], dim=2).flatten(0, 1)
         config = u.Config(similarity_weight=0, refine=False, mask_blur=0.0)
         masks.append(u.make_mask(view, assignment, torch.eye(400), u.weigh_nodes(view, 0), config, (160, 160))["mask"])
-    assert np.array_equal(*masks) and iou(masks[0], disc(79.5, 39.5, 30, 160, 160)) > 0.8
+    expected = disc(79.5, 39.5, 30, 160, 160)
+    expected[:, 40:] = False
+    assert np.array_equal(*masks) and iou(masks[0], expected) > 0.65  # the outline's patches are half outside
 
 
 @pytest.mark.parametrize("prompt", [
@@ -918,13 +915,15 @@ def default(kind):
 @pytest.mark.parametrize("kind", ["no_grad", "inference_mode", "autocast", "float64", "device", "meta device"])
 def test_a_mask_does_not_depend_on_the_torch_of_the_caller(dino_files, kind):
     rgb, weights, masks = lesion()[0], dino_files[0] / "backbone.pth", []
+    nodes = communities()[0], torch.ones(40)
     for context in (contextlib.nullcontext(), default(kind)):
         u.load_backbone.cache_clear()
         with context:
             before = torch.get_default_dtype()
             dino = u.segment(rgb, u.Config(size=64), backbone="dino", weights=weights, device="cpu")
             colour = segment(rgb), segment(rgb, shared_epochs=2, point=(58, 48))
-            masks.append([result.probability for result in (dino, *colour)])
+            shared = u.fit_collective([nodes], u.Config(shared_epochs=2))["fc_out.weight"]
+            masks.append([shared, *(result.probability for result in (dino, *colour))])
             assert torch.get_default_dtype() == before
     u.load_backbone.cache_clear()
     assert all(map(np.array_equal, *masks))
@@ -960,7 +959,7 @@ def test_a_backbone_of_ones_own_is_heard_beside_the_colour_and_a_fit_without_com
         y, x = view.centres()
         return torch.eye(2)[hidden[y.long(), x.long()].flatten().astype(int)] + 0.1
 
-    for image, colour in (rgb, 0), (np.full_like(rgb, 200), 0.7):  # features alone; colours that show nothing
+    for image, colour in (rgb, 0), (np.full_like(rgb, 200), 0.7), (np.full_like(rgb, 128), 0.7):  # without any contrast
         result = segment(image, u.Backbone("hidden", extract), size=96, refine=False, colour=colour)
         assert iou(result.mask, hidden) > 0.7 and result.backbone == "hidden" and not caplog.messages
     for number, box in enumerate([None, (20, 20, 90, 80)], 1):
@@ -981,6 +980,9 @@ def extract(view):
 """
 
 
+DATACLASS = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+
+
 @pytest.mark.parametrize(
     "text, code, says",
     [(BACKBONE.format(line="return values"), 0, None),
@@ -989,6 +991,9 @@ def extract(view):
      (BACKBONE.format(line="return values * float('nan')"), 1, "not finite"),
      (BACKBONE.format(line="return values.numpy()"), 1, "must return a torch tensor, got ndarray"),
      (BACKBONE.format(line="return values[view.no_such]"), 1, "extract failed: AttributeError: .*no_such"),
+     (f"{DATACLASS}{BACKBONE.format(line='view.image.zero_(); return values')}", 0, None),  # a copy of the image
+     (BACKBONE.format(line="raise SystemExit"), 1, "extract failed: SystemExit"),
+     ("raise SystemExit", 2, "SystemExit"),
      ("import no_such_module", 2, "ModuleNotFoundError: No module named 'no_such_module'"),
      ("def extract(view)", 2, "SyntaxError"),
      ("open('no_such_weights')", 2, "no_such_weights"),
@@ -1174,7 +1179,8 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog, name):
      ("{photo} {dir}/photo.jpg -o {dir}/out", "but it is written for"),
      ("{photo} {dir} -o {photo}", "need a folder"),
      ("{dir} -o {dir}/mask.png", "need a folder"),
-     ("{dir} -o {dir}/.", "is an input"),
+     ("{dir} -o {dir}/.", "holds input images"),
+     ("{photo} -o {dir}", "holds input images"),
      ("{photo} -o {dir}/mask.png --point 9,9 --box 1,1,9,9", "not allowed with argument"),
      ("{photo} -o {dir}/mask.png --heads 3", "widths"),
      ("{photo} -o {dir}/mask.png --box 1,2", "--box needs 4 integers"),
@@ -1205,14 +1211,15 @@ def test_a_file_name_that_the_terminal_has_no_letters_for_is_told_all_the_same(t
 
 
 def test_two_writers_of_one_output_do_not_share_a_part_and_stale_parts_are_removed(tmp_path, photo):
-    with u.atomic_write(tmp_path / "mask.png") as one, u.atomic_write(tmp_path / "mask.png") as two:
+    longest = tmp_path / ("x" * 251 + ".png")
+    with u.atomic_write(longest) as one, u.atomic_write(longest) as two:
         one.write_text("one")
         two.write_text("two")
         assert one != two
-    assert (tmp_path / "mask.png").read_text() == "one"  # the last to end; either is whole
+    assert longest.read_text() == "one"  # the last to end; either is whole
     out = tmp_path / "out"
     out.mkdir()
-    parts = [out / f".mask.png.{n * 32}.part" for n in "ab"]
+    parts = [out / f".{n * 32}.part" for n in "ab"]
     for part in [*parts, out / ".mine.part"]:
         part.touch()
     for old in (parts[0], out / ".mine.part"):
@@ -1446,6 +1453,9 @@ def test_a_palette_of_classes_and_a_photograph_as_jpeg_are_no_masks(tmp_path):
     image.save(tmp_path / "m.png")
     with pytest.raises(u.ImageError, match="3 values .0,0,0, 255,0,0, 0,255,0."):
         evaluator.load_mask(tmp_path / "m.png", (96, 128))
+    FRAMES[0].save(tmp_path / "m.gif", save_all=True, append_images=FRAMES[1:])
+    with pytest.raises(u.ImageError, match="m.gif: .*2 frames"):
+        evaluator.load_mask(tmp_path / "m.gif", (9, 9))
     Image.fromarray(lesion()[0]).save(tmp_path / "m.jpg")
     with pytest.raises(u.ImageError, match="are images and masks swapped"):
         evaluator.load_mask(tmp_path / "m.jpg", (96, 128))
@@ -1455,9 +1465,9 @@ def test_images_named_like_masks_pair_too_and_masks_turn_with_their_images(tmp_p
     rgb, truth = lesion()
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    for array, path in [(rgb, "i/a.png"), (rgb, "i/a_lesion.png"), (rgb, "i/b_lesion.png"), (truth, "m/a_mask.png"),
-                        (truth, "m/a_lesion.png"), (truth, "m/b_lesion_mask.png")]:  # fmt: skip
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+    for array, path in [(rgb, "i/a.png"), (rgb, "i/.cache/a.png"), (rgb, "i/a_lesion.png"), (rgb, "i/b_lesion.png"),
+                        (truth, "m/a_mask.png"), (truth, "m/a_lesion.png"), (truth, "m/b_lesion_mask.png")]:  # fmt: skip
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         Image.fromarray(array).save(tmp_path / path, exif=exif)
     images, masks = tmp_path / "i", tmp_path / "m"
     pairs, alone = evaluator.pair_files(images, masks)
@@ -1620,6 +1630,7 @@ def test_the_point_is_in_the_object_and_moves_by_no_more_than_the_jitter():
      ("--loosen 2", "--protocol box"), ("--loosen 0 --protocol box", "above 0"), ("--tau 2", "tau"),
      ("--resume", "--csv"), ("--tolerance 2", "tolerance"), ("--group-by (x)", "that matches s0_1"),
      ("--group-by s", "--group-by s: must"), ("--group-by (", "a group ( )"), ("--predictions sam", "NAME=FOLDER"),
+     ("--group-by (s{9999999999})", "a group ( )"),
      ("--predictions dsm=x", "not rows of the table"), ("--json .", "is a folder"),
      ("--csv a --json a", "two outputs"), ("--predictions a=x --predictions a=y", "with distinct names")],
 )  # fmt: skip

@@ -25,7 +25,6 @@ import importlib.util
 import logging
 import math
 import os
-import re
 import socket
 import sys
 import threading
@@ -404,8 +403,6 @@ class Fit:
     network: UnSegMedGAT  # after the last step
 
 
-@torch.inference_mode(False)  # gradients are needed, whatever the caller has switched off
-@torch.enable_grad()
 def fit(features, adjacency, config=Config(), shared=None):
     """Optimise the network on one image alone.
 
@@ -413,21 +410,23 @@ def fit(features, adjacency, config=Config(), shared=None):
     config.shared_epochs of the epochs are then done already.
     Returns a Fit.
     """
-    x, device = centre_and_scale(features, adjacency), adjacency.device
-    network, optimizer = seeded_model(lambda: UnSegMedGAT(x.shape[1], config), config, device)
-    if shared is not None:
-        network.load_state_dict(shared)
-    losses, epoch_step = [], functools.partial(train_step, optimizer, lambda: loss_of(network, x, adjacency, config))
-    for epoch in range(config.epochs - (config.shared_epochs if shared is not None else 0)):
-        if epoch == 3 and device.type == "cuda":
-            epoch_step = capture_cuda_graph(epoch_step, device)
-        losses.append(epoch_step().item())
-        if has_converged(losses, config):
-            break
-    with torch.no_grad():
-        assignment = network(x, adjacency)
-        clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
-        q = modularity(clusters, adjacency).item()  # eq. (6)
+    with standard_torch():
+        x, device = centre_and_scale(features, adjacency), adjacency.device
+        network, optimizer = seeded_model(lambda: UnSegMedGAT(x.shape[1], config), config, device)
+        if shared is not None:
+            network.load_state_dict(shared)
+        epoch_step = functools.partial(train_step, optimizer, lambda: loss_of(network, x, adjacency, config))
+        losses = []
+        for epoch in range(config.epochs - (config.shared_epochs if shared is not None else 0)):
+            if epoch == 3 and device.type == "cuda":
+                epoch_step = capture_cuda_graph(epoch_step, device)
+            losses.append(epoch_step().item())
+            if has_converged(losses, config):
+                break
+        with torch.no_grad():
+            assignment = network(x, adjacency)
+            clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
+            q = modularity(clusters, adjacency).item()  # eq. (6)
     has_communities = q >= MIN_MODULARITY
     if not has_communities:  # then no cluster is the object's
         assignment = torch.full_like(assignment, 1 / config.clusters)
@@ -437,8 +436,6 @@ def fit(features, adjacency, config=Config(), shared=None):
 # UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
     """The first phase of UnSegMedGATc: config.shared_epochs passes over all images, one step for each, with parameters
     that all images share.
@@ -449,9 +446,9 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
     """
     if not node_sets:
         return None
-    in_features = node_sets[0][0].shape[1]
-    network, optimizer = seeded_model(lambda: UnSegMedGAT(in_features, config), config, device)
-    with torch.hub.tqdm(total=config.shared_epochs * len(node_sets), desc="shared", disable=quiet) as bar:
+    in_features, steps = node_sets[0][0].shape[1], config.shared_epochs * len(node_sets)
+    with standard_torch(), torch.hub.tqdm(total=steps, desc="shared", disable=quiet) as bar:
+        network, optimizer = seeded_model(lambda: UnSegMedGAT(in_features, config), config, device)
         for features, node_weights in node_sets * config.shared_epochs:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, node_weights.to(device))
@@ -493,7 +490,7 @@ caller_torch = {"threads": 0, "dtype": None}  # how many threads are inside `sta
 
 @contextlib.contextmanager
 def standard_torch():
-    """Torch as this file needs it, whatever its caller has set: no inference mode, no autocast, float32, the CPU.
+    """Torch as this file needs it, whatever its caller has set: gradients, no autocast, float32, the CPU.
 
     The default dtype belongs to the process: the first thread that enters sets float32, the last one that leaves
     restores the caller's.
@@ -504,8 +501,8 @@ def standard_torch():
             torch.set_default_dtype(torch.float32)
         caller_torch["threads"] += 1
     try:
-        with (torch.inference_mode(False), torch.device("cpu"), torch.autocast("cpu", enabled=False),
-              torch.autocast("cuda", enabled=False)):  # fmt: skip
+        with (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"),
+              torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)):  # fmt: skip
             yield
     finally:
         with LOCK:
@@ -528,8 +525,8 @@ class ImageError(ValueError):
 
 
 def one_line(error):
-    """The message of an exception in one line."""
-    return str(error).split("\n")[0] or type(error).__name__
+    """The message of an exception, or another text, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def turn_upright(image):
@@ -726,8 +723,7 @@ def check_prompt(name, prompt, height, width):
             x0, y0, x1, y1 = (*values, width, height)[:4]
             if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height:
                 return values
-    given = " ".join(str(prompt).split())[:100]
-    raise ValueError(f"the {name} must be {numbers} inside the image, {width} x {height}; got {given}")
+    raise ValueError(f"the {name} must be {numbers} inside the image, {width} x {height}; got {one_line(prompt)}")
 
 
 def view_photograph(rgb, config, box=None):
@@ -871,7 +867,7 @@ def read_dino(path, branch):
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite numbers: download it again")
     except Exception as error:  # of many kinds: not a dictionary, another network
-        raise ValueError(f"{path}: is not DINO's ViT-S/8: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path}: is not DINO's ViT-S/8: {one_line(error)}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -951,19 +947,26 @@ def pick_device(device):
 def load_backbone_file(path):
     """The Backbone of a Python file, which must define extract(view): a View -> features (N,C), row-major.
 
+    The function is called by one thread at a time, as the file may keep state, such as a hook's output.
     Raises ValueError, which names the file, if it cannot be run or has no such function.
     """
     if not path.is_file():
         raise ValueError(f"backbone {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
+    module, lock = importlib.util.module_from_spec(spec), threading.Lock()
+    sys.modules[spec.name] = module  # for dataclasses in it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever is wrong in it
+    except (Exception, SystemExit) as error:  # whatever is wrong in it
         raise ValueError(f"backbone {path}: {type(error).__name__}: {one_line(error)}") from error
     if not callable(getattr(module, "extract", None)):
         raise ValueError(f"backbone {path}: it must define a function extract(view) that returns features (N,C)")
-    return Backbone(str(path), module.extract)
+
+    def extract(view):
+        with lock:
+            return module.extract(view)
+
+    return Backbone(str(path), extract)
 
 
 @functools.lru_cache(maxsize=1)
@@ -971,7 +974,8 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
     """The Backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
     colour alone; or a Python file, see `load_backbone_file`.
 
-    weights, branch: see `load_dino`. The last result is cached. Only "auto" without weights falls back, with a warning.
+    weights, branch: see `load_dino`. Only "auto" without weights falls back, with a warning. The last result is cached;
+    after a change of FILE.py call load_backbone.cache_clear().
     Raises ValueError for other names, and what load_dino and load_backbone_file raise.
     """
     by_name = backbone in ("auto", "dino", "builtin")
@@ -1013,9 +1017,9 @@ def extract_features(backbone, view, device):
         return None
     n = math.prod(view.grid)
     try:
-        with torch.no_grad():
-            features = backbone.extract(view)
-    except Exception as error:
+        with torch.no_grad():  # a copy of the image, as it may be changed in place
+            features = backbone.extract(dataclasses.replace(view, image=view.image.clone()))
+    except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"backbone {backbone.name}: extract failed: {message}") from error
     if not isinstance(features, torch.Tensor):
@@ -1129,7 +1133,8 @@ def find_disc(maps, field_of_view, area, point=None):
 
     exponent = SIZE_EXPONENT if point is None else POINT_SIZE_EXPONENT
     if point is None:
-        salience = math.prod(to_ring * to_background.sqrt() for to_ring, to_background in contrasts)
+        # The bound keeps the other map's contrasts where one map is constant
+        salience = math.prod((to_ring * to_background.sqrt()).clamp(min=1e-12) for to_ring, to_background in contrasts)
         point = best(salience ** (1 / len(maps)) * radii**exponent * inland)[:2]
     point_distance = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
     near = torch.exp(-((point_distance / radii / POINT_SIGMA) ** 2) / 2)
@@ -1230,8 +1235,8 @@ def order_clusters(view, assignment, node_weights):
     A cluster is foreground if it is more common inside the ellipse than in the whole graph, nodes counting by weight.
     Of two clusters exactly one is, unless both are equally common. The rule is ours, as the paper states none.
     """
-    inside, overall = (weights.to(assignment) @ assignment / weights.sum().clamp(min=1e-6)
-                       for weights in (view.inside_ellipse().flatten(), node_weights))  # (K,) each  # fmt: skip
+    inside, overall = (weights @ assignment / weights.sum().clamp(min=1e-6) for weights in
+                       (view.inside_ellipse().flatten().to(node_weights) * node_weights, node_weights))  # fmt: skip
     excess = inside / overall.clamp(min=1e-6) - 1
     return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
 
@@ -1567,14 +1572,15 @@ def list_images(folder):
 def plan_outputs(args):
     """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
     images, output = [], args.output
+    folders = {os.path.realpath(path if path.is_dir() else path.parent) for path in args.images}
+    if output.is_dir() and os.path.realpath(output) in folders:  # a mask could replace a photograph, or become an input
+        raise ValueError(f"{output}: holds input images; choose another folder for the masks")
     for path in args.images:
-        if path.is_dir() and os.path.realpath(path) == os.path.realpath(output):  # masks would be the next run's images
-            raise ValueError(f"{path}: is an input; choose another folder for the masks")
         images += list_images(path) if path.is_dir() else [path]
     single = output.suffix.lower() == ".png" and not output.is_dir()
     if single and images != args.images[:1]:
         raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
-    if not single and output.suffix and not output.is_dir():
+    if not single and not output.is_dir() and (output.suffix or output.exists()):
         raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
 
     kinds = [kind for kind, (what, _) in OUTPUTS.items() if not what or getattr(args, kind)]
@@ -1590,12 +1596,11 @@ def plan_outputs(args):
             taken[real] = f"written for {image}"
         plan.append((image, outputs))
     folder = output if output.is_dir() else output.parent
-    if not os.access(folder, os.W_OK):
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"{folder}: there is no such folder, or no permission to write there")
     return plan
 
 
-PART = re.compile(r"\..*\.[0-9a-f]{32}\.part")  # the name of a file that `atomic_write` has not finished
 STALE_SECONDS = 3600  # a part of this age was left by a killed run, as writing one takes seconds
 
 
@@ -1605,7 +1610,7 @@ def atomic_write(path):
 
     Every writer has a path of its own, as two runs may write into one folder.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield part
         os.replace(part, path)
@@ -1615,16 +1620,16 @@ def atomic_write(path):
 
 def remove_stale_parts(folder):
     """Remove the unfinished files that killed runs have left in a folder."""
-    for path in folder.glob(".*.part"):
+    for path in folder.glob(f".{'[0-9a-f]' * 32}.part"):
         with contextlib.suppress(OSError):  # another run may remove it first
-            if PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
 def print_line(text):
     """Print a line. If that fails (`| head`, a closed terminal, a full disk), print nothing from then on."""
     try:
-        print(text, flush=True)
+        print(text + "\n", end="", flush=True)  # in one piece, as several ranks may print
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open to the end of the process
 
@@ -1694,6 +1699,8 @@ def shared_parameters(extractors, config, device, quiet):
         with contextlib.suppress(Exception):
             _, features, node_weights = extract()
             node_sets.append((features.cpu(), node_weights.cpu()))
+    if len({features.shape[1] for features, _ in node_sets}) > 1:
+        raise ValueError("the backbone's features differ in width between images: shared epochs need one width")
     return fit_collective(node_sets, config, device, quiet)
 
 
