@@ -1466,7 +1466,8 @@ def test_images_named_like_masks_pair_too_and_masks_turn_with_their_images(tmp_p
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     for array, path in [(rgb, "i/a.png"), (rgb, "i/.cache/a.png"), (rgb, "i/a_lesion.png"), (rgb, "i/b_lesion.png"),
-                        (truth, "m/a_mask.png"), (truth, "m/a_lesion.png"), (truth, "m/b_lesion_mask.png")]:  # fmt: skip
+                        (truth, "m/a_mask.png"), (truth, "m/a_lesion.png"),
+                        (truth, "m/b_lesion_mask.png")]:  # fmt: skip
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         Image.fromarray(array).save(tmp_path / path, exif=exif)
     images, masks = tmp_path / "i", tmp_path / "m"
