@@ -477,7 +477,7 @@ def save_flipped(path, good):
     path.write_bytes(content)
 
 
-BAD_WEIGHTS = {  # how a file is made from a good state_dict, and what is said of it
+BAD_WEIGHTS = {  # how a file is made from a good state_dict, and the message
     "absent": (lambda path, good: None, "bad.pth: cannot be loaded.* No such file"),
     "empty": (lambda path, good: path.touch(), "loaded safely"),
     "html": (lambda path, good: path.write_text("<!DOCTYPE html><html>404 not found</html>"), "loaded safely"),
@@ -952,7 +952,7 @@ def test_the_smallest_images_are_segmented_too(height, width):
     assert u.find_disc(*tiny, (2.0, 3.0))[:2] == (2, 3)
 
 
-def test_a_backbone_of_ones_own_is_heard_beside_the_colour_and_a_fit_without_communities_is_said(caplog):
+def test_a_backbone_of_ones_own_is_used_beside_the_colour_and_a_fit_without_communities_is_reported(caplog):
     rgb, hidden = lesion()[0], disc(40, 90, 20, 96, 128)  # which the colours do not show
 
     def extract(view):
@@ -1000,7 +1000,7 @@ DATACLASS = "from __future__ import annotations\nimport dataclasses\n@dataclasse
      ("x = 1", 2, r"must define a function extract\(view\)"),
      (None, 2, "there is no such file")],
 )  # fmt: skip
-def test_a_backbone_from_a_python_file_and_what_is_said_of_a_bad_one(tmp_path, photo, caplog, capsys, text, code, says):
+def test_a_backbone_from_a_python_file_and_the_message_for_a_bad_one(tmp_path, photo, caplog, capsys, text, code, says):
     file = tmp_path / "my_backbone.py"
     if text is not None:
         file.write_text(text)
@@ -1118,12 +1118,12 @@ def torchrun(*arguments):
 
 
 def test_outputs_do_not_depend_on_the_number_of_workers_or_of_torchruns_processes(folder, tmp_path, capsys):
-    arguments, said = [str(folder), *QUICK, "--shared-epochs", "5", "--probability"], []
+    arguments, printed = [str(folder), *QUICK, "--shared-epochs", "5", "--probability"], []
     for workers in "1", "2":
         assert u.main([*arguments, "-o", str(tmp_path / workers), "--workers", workers]) == 1
-        said.append([line.split(" -> ")[0] for line in capsys.readouterr().out.splitlines()])
+        printed.append([line.split(" -> ")[0] for line in capsys.readouterr().out.splitlines()])
     names = {1: "0.png", 2: "1.png", 3: "2.JPG", 5: "3.jfif"}
-    assert said[0] == said[1] == [f"[{n}/5] {folder}/{name}" for n, name in names.items()]
+    assert printed[0] == printed[1] == [f"[{n}/5] {folder}/{name}" for n, name in names.items()]
     done = torchrun(HERE / "unsegmedgat.py", *arguments, "-o", tmp_path / "ranks")
     assert done.returncode == 1 and "1 failed: " in done.stderr and len(done.stdout.splitlines()) == 4
     one, two, ranks = (contents(tmp_path / name) for name in ("1", "2", "ranks"))
@@ -1131,7 +1131,7 @@ def test_outputs_do_not_depend_on_the_number_of_workers_or_of_torchruns_processe
 
 
 FRAMES = [Image.new("L", (9, 9), grey) for grey in (0, 99)]
-BAD_IMAGES = {  # how it is made, and what is said of it
+BAD_IMAGES = {  # how it is made, and the message
     "missing": (lambda path: None, "No such file"),
     "empty": (lambda path: path.touch(), "not one that Pillow reads"),
     "truncated": (lambda path: (Image.fromarray(lesion()[0]).save(path), os.truncate(path, 3000)), "or incomplete"),
@@ -1198,8 +1198,8 @@ def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, p
         code = u.main(arguments.format(photo=photo, dir=tmp_path).split())
     except SystemExit as stop:  # argparse's
         code = stop.code
-    said = caplog.messages or capsys.readouterr().err.splitlines()[-1:]
-    assert code == 2 and len(said) == 1 and says in said[0] and "\n" not in said[0]
+    messages = caplog.messages or capsys.readouterr().err.splitlines()[-1:]
+    assert code == 2 and len(messages) == 1 and says in messages[0] and "\n" not in messages[0]
     assert photo.read_bytes() == content and [*tmp_path.iterdir()] == [photo]
 
 
@@ -1228,7 +1228,7 @@ def test_two_writers_of_one_output_do_not_share_a_part_and_stale_parts_are_remov
     assert {p.name for p in out.iterdir()} == {"photo.png", parts[1].name, ".mine.part"}  # another run may be writing
 
 
-def test_all_images_are_done_though_nobody_reads_what_is_said(folder, tmp_path):
+def test_all_images_are_done_though_nobody_reads_the_output(folder, tmp_path):
     (folder / "2b.png").unlink()
     command = [sys.executable, str(HERE / "unsegmedgat.py"), str(folder), "-o", str(tmp_path / "out"), *QUICK]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1415,7 +1415,7 @@ GOOD_MASKS = {  # values that are a mask of a disc of 30 px
     "a soft rim": np.rint(255 / (1 + np.exp(2 * np.hypot(Y - 48, X - 64) - 60))),
     "red": levels((30, 255))[..., None] * [1, 0, 0],
 }
-BAD_MASKS = {  # and what is said of those that are none
+BAD_MASKS = {  # values that are not a mask, and the message
     "object 1, void rim 255": (levels((34, 255), (30, 1)), "3 values .0, 1, 255."),
     "labels 0, 1, 2": (levels((30, 1), (15, 2)), "3 values .0, 1, 2., not two: make it binary"),
     "labels 0, 128, 255": (levels((30, 128), (15, 255)), "3 values"),
@@ -1563,9 +1563,9 @@ def test_what_each_protocol_gives_away_and_that_blind_masks_are_made_before_the_
         monkeypatch.setattr(module, name, spy)
     assert score("--methods", "unsegmedgat", "--protocol", *flags.split())[0] == 0
     assert [name for name, *_ in calls.mock_calls if name != "extract_nodes"] == order * 3
-    for _, (rgb, *_), hint in calls.extract_nodes.mock_calls:
-        assert rgb.shape[:2] == seen and hint.keys() == given.keys()
-        moved = np.abs([np.subtract(hint[name], given[name]) for name in given]).max(initial=0)
+    for _, (rgb, *_), prompts in calls.extract_nodes.mock_calls:
+        assert rgb.shape[:2] == seen and prompts.keys() == given.keys()
+        moved = np.abs([np.subtract(prompts[name], given[name]) for name in given]).max(initial=0)
         assert 0 < moved <= 3 if "jitter" in flags else moved == 0
     assert ("USES GROUND TRUTH" in capsys.readouterr().out) == (protocol != "blind")
     code, summary = score("--methods", "dsm", "--protocol", protocol, "--predictions", f"x={tmp_path / 'inverse'}")
