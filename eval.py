@@ -774,7 +774,7 @@ def score_settings(run):
 
 def row_fingerprint(row, pairs, run):
     """A digest of the settings and the folders' names, not contents; for unsegmedgatc also of the images' names."""
-    folders = (run.args.images, run.args.masks, dict(run.args.predictions).get(row, ""))
+    folders = [run.args.images, run.args.masks, *(folder for name, folder in run.args.predictions if name == row)]
     data = [score_settings(run), [str(Path(folder).resolve()) for folder in folders]]
     if row == "unsegmedgatc":  # it learns from all images
         data.append(sorted(pairs))

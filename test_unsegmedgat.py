@@ -1498,7 +1498,9 @@ def test_one_whole_run_with_every_method_and_output_drops_no_file_silently(datas
     assert score()[0] == 2 and "has the same" in caplog.messages[-1]
 
 
-def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(dataset, score, tmp_path, capsys):
+def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(
+    dataset, score, tmp_path, capsys, monkeypatch
+):
     file = tmp_path / "scores.csv"
     flags = ["--limit", "2", "--epochs", "5", "--methods", "unsegmedgatc,dsm", "--csv", str(file)]
     flags += ["--sheet", str(tmp_path / "sheet.png")]
@@ -1511,6 +1513,8 @@ def test_a_killed_run_resumes_where_it_stopped_and_other_files_are_left_alone(da
         assert score(*flags, "--resume")[0] == 0 and capsys.readouterr().out == table
         assert file.read_text().startswith(kept) and file.read_text().count("\n") == len(lines)
     assert score(*flags)[0] == 2  # without --resume an existing file is not touched
+    monkeypatch.chdir(tmp_path / "images")  # from anywhere
+    assert score(*flags, "--resume")[0] == 0
     for other in "--tau 0.4", "--tolerance 3%", "--protocol box", "--oracle-features 1", "--squash":
         assert score(*flags, "--resume", *other.split())[0] == 2  # nor mixed with other settings
     images = shutil.copytree(dataset[0], tmp_path / "other")
