@@ -410,7 +410,7 @@ def fit(features, adjacency, config=Config(), shared=None):
     config.shared_epochs of the epochs are then done already.
     Returns a Fit.
     """
-    with standard_torch():
+    with standard_torch():  # gradients and float32, whatever the caller has set
         x, device = centre_and_scale(features, adjacency), adjacency.device
         network, optimizer = seeded_model(lambda: UnSegMedGAT(x.shape[1], config), config, device)
         if shared is not None:
@@ -1235,8 +1235,9 @@ def order_clusters(view, assignment, node_weights):
     A cluster is foreground if it is more common inside the ellipse than in the whole graph, nodes counting by weight.
     Of two clusters exactly one is, unless both are equally common. The rule is ours, as the paper states none.
     """
-    inside, overall = (weights @ assignment / weights.sum().clamp(min=1e-6) for weights in
-                       (view.inside_ellipse().flatten().to(node_weights) * node_weights, node_weights))  # fmt: skip
+    inside_weights = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
+    inside, overall = (weights @ assignment / weights.sum().clamp(min=1e-6)
+                       for weights in (inside_weights, node_weights))  # (K,) each  # fmt: skip
     excess = inside / overall.clamp(min=1e-6) - 1
     return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
 
