@@ -362,7 +362,8 @@ def load_mask(path, shape):
         with Image.open(path) as image:
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 raise ValueError(f"it holds {image.n_frames} frames")
-            lossy, image = image.format in ("JPEG", "MPO", "WEBP"), u.turn_upright(image)
+            lossy = image.format in ("JPEG", "MPO", "WEBP")
+            u.turn_upright(image)
             image = u.flatten_transparency(image, "black")
             image = image.convert("RGB") if image.mode in ("P", "CMYK") else image
             values = np.atleast_3d(np.asarray(image).astype(float))  # (H,W,1) or (H,W,3)

@@ -24,7 +24,9 @@ import functools
 import importlib.util
 import logging
 import math
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -34,7 +36,8 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from numbers import Integral, Real
@@ -43,7 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from scipy.special import logit
 from torch import distributed, nn
@@ -52,6 +55,7 @@ from torch.autograd.function import once_differentiable
 import bilateral
 
 log = logging.getLogger("unsegmedgat")  # warnings and errors for the user; they go to stderr unless configured
+LOG_FORMAT = "%(levelname)s: %(message)s"
 
 PATCH = 8  # px, the side of a patch: ViT-S/8
 
@@ -515,9 +519,6 @@ def standard_torch():
 
 MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a decompression bomb, or a whole slide
 MAX_NODES = 50_000  # larger graphs are refused: the adjacency alone would take over 10 GB
-# How pixels are turned for each value of EXIF's orientation tag
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-         8: "ROTATE_90"}  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -530,15 +531,10 @@ def one_line(error):
 
 
 def turn_upright(image):
-    """A PIL image turned by its EXIF orientation, or unchanged if there is none that can be read.
-
-    `ImageOps.exif_transpose` also rewrites the other EXIF tags, and fails where one of them is broken.
-    """
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # of many kinds, for bytes that are not EXIF
-        return image
-    return image.transpose(Image.Transpose[turn]) if turn else image
+    """Turn a PIL image by its EXIF orientation, in place, or leave it if there is none that can be read."""
+    image.load()
+    with contextlib.suppress(Exception):  # of many kinds, for bytes that are not EXIF, and from rewriting broken tags
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def flatten_transparency(image, background):
@@ -577,7 +573,8 @@ def load_image(source):
             raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
             raise ImageError(f"it holds {image.n_frames} frames: save the one you want as a still image")
-        image = turn_upright(image)
+        image = image.copy() if image is source else image  # it is turned in place
+        turn_upright(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
             grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-12))
@@ -947,13 +944,12 @@ def pick_device(device):
 def load_backbone_file(path):
     """The Backbone of a Python file, which must define extract(view): a View -> features (N,C), row-major.
 
-    The function is called by one thread at a time, as the file may keep state, such as a hook's output.
     Raises ValueError, which names the file, if it cannot be run or has no such function.
     """
     if not path.is_file():
         raise ValueError(f"backbone {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
-    module, lock = importlib.util.module_from_spec(spec), threading.Lock()
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for dataclasses in it
     try:
         spec.loader.exec_module(module)
@@ -961,12 +957,7 @@ def load_backbone_file(path):
         raise ValueError(f"backbone {path}: {type(error).__name__}: {one_line(error)}") from error
     if not callable(getattr(module, "extract", None)):
         raise ValueError(f"backbone {path}: it must define a function extract(view) that returns features (N,C)")
-
-    def extract(view):
-        with lock:
-            return module.extract(view)
-
-    return Backbone(str(path), extract)
+    return Backbone(str(path), module.extract)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1535,8 +1526,8 @@ def build_parser():
     add_backbone_flags(parser)
     add("--preset", choices=PRESETS, help="the paper's settings, where it states them")
     add("--skip-existing", action="store_true", help="skip images whose outputs all exist")
-    add("--workers", type=int, default=0, metavar="N", help="threads that segment images side by side; default: as "
-        "many as torch uses (OMP_NUM_THREADS, or the cores), at most 4 on a GPU. Does not change outputs")  # fmt: skip
+    add("--workers", type=int, default=0, metavar="N", help="processes that segment images side by side, one for two "
+        "images at most; default: the number of cores, or OMP_NUM_THREADS, at most 4 on a GPU")  # fmt: skip
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--verbose", action="store_true", help="print the seconds of every stage")
     add_config_flags(parser)
@@ -1711,9 +1702,8 @@ def segment_all(args):
         raise ValueError(f"--workers must be at least 0, got {args.workers}")
     prompts, config, plan = prompts_from_args(args), config_from_args(args), plan_outputs(args)
     rank, world = rank_and_world()
-    share = [*enumerate(plan, 1)][rank::world]
-    todo = [(number, item) for number, item in share
-            if not (args.skip_existing and all(path.exists() for path in item[1].values()))]  # fmt: skip
+    share = [(number, image, outputs) for number, (image, outputs) in enumerate(plan, 1)][rank::world]
+    todo = [item for item in share if not (args.skip_existing and all(path.exists() for path in item[2].values()))]
     if len(todo) < len(share) and not args.quiet:
         print_line(f"{len(share) - len(todo)} of {len(share)} images are skipped, as their outputs exist")
     if not any(all_gather(bool(todo))):  # of all ranks: those that have nothing to do wait for the others below
@@ -1723,33 +1713,62 @@ def segment_all(args):
     folder = plan[0][1]["mask"].parent
     folder.mkdir(exist_ok=True)
     remove_stale_parts(folder)
-    segment_kwargs = {**prompts, "device": device, "backbone": backbone}
+    segment_kwargs = {**prompts, "device": device, "backbone": backbone, "weights": args.weights, "branch": args.branch}
     if config.shared_epochs:  # over all images on every rank, so that all ranks have the same parameters
         extractors = [lambda path=path: extract_nodes(load_image(path), config, backbone, device, **prompts)
                       for path, _ in plan]  # fmt: skip
         segment_kwargs["shared"] = shared_parameters(extractors, config, device, args.quiet or rank > 0)
-    return report_failures(segment_in_threads(todo, len(plan), config, segment_kwargs, args), len(plan))
+    return report_failures(segment_todo(todo, len(plan), config, segment_kwargs, args), len(plan))
 
 
-def segment_in_threads(todo, count, config, segment_kwargs, args):
-    """Segment numbered items (number, (image, outputs)) of `count` and print a line for each; returns what failed."""
-    cores, failures = torch.get_num_threads(), []
-    on_cuda = segment_kwargs["device"].type == "cuda"
-    # Images run side by side, each with one torch thread: two threads that share an operation would wait for each
-    # other, and sums keep their order, so the outputs do not depend on the number of workers.
-    pool = ThreadPoolExecutor(args.workers or (min(cores, 4) if on_cuda else cores),
-                              initializer=torch.set_num_threads, initargs=[1])  # fmt: skip
+def start_worker():
+    """Prepare a worker process: one torch thread, log messages, and an end when the main process ends, in any way."""
+    torch.set_num_threads(1)
+    logging.basicConfig(format=LOG_FORMAT)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def worker_processes(count):
+    """Yield a function like `map`, whose calls run in so many worker processes, or here if the count is below 2.
+
+    Raises OSError if the system kills a worker.
+    """
+    if count < 2:
+        yield map
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
+
+    def map_in_workers(*args):
+        heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit: only this process is interrupted
+        results = pool.map(*args)
+        signal.signal(signal.SIGINT, heed)
+        return results
+
     try:
-        map_in_order = pool.map if count > 1 else map
-        results = map_in_order(lambda item: segment_to_files(*item[1], config, segment_kwargs, args.verbose), todo)
-        for (number, (image, outputs)), (message, error) in zip(todo, results):
+        yield map_in_workers
+    except BrokenProcessPool:
+        raise OSError("a worker was killed, perhaps as memory ran out: add --skip-existing and fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt the images that have begun are finished
+
+
+def segment_todo(todo, count, config, segment_kwargs, args):
+    """Segment items (number, image, outputs) of `count` and print a line for each; returns the images that failed."""
+    cores, failures = torch.get_num_threads(), []
+    workers = args.workers or (min(cores, 4) if segment_kwargs["device"].type == "cuda" else cores)
+    workers = min(workers, (len(todo) + 1) // 2)  # starting a worker takes as long as an image or two
+    if workers > 1:  # a Backbone holds a function, which cannot be sent to a process
+        segment_kwargs = segment_kwargs | {"backbone": segment_kwargs["backbone"].name}
+    task = functools.partial(segment_to_files, config=config, segment_kwargs=segment_kwargs, verbose=args.verbose)
+    _, images, outputs = zip(*todo) if todo else ((), (), ())
+    with worker_processes(workers) as map_in_order:
+        for (number, image, output), (message, error) in zip(todo, map_in_order(task, images, outputs)):
             if error:
                 failures.append(image)
                 log.error("%s: %s", image, error)
             elif not args.quiet:
-                print_line(f"[{number}/{count}] {image} -> {outputs['mask']}  {message}")
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt the images that have begun are finished
+                print_line(f"[{number}/{count}] {image} -> {output['mask']}  {message}")
     return failures
 
 
@@ -1768,7 +1787,7 @@ def run_program(program, advice):
 
     Under torchrun the processes are connected meanwhile, to share the images; see `rank_and_world`.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format=LOG_FORMAT)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # `load_image` has its own limits
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
