@@ -15,29 +15,11 @@ Shapes: P pixels = H * W, V vertices, K targets that share one grid.
 """
 
 import numpy as np
-from scipy.sparse import coo_matrix, diags
+from scipy.sparse import coo_matrix, diags, identity
 from scipy.sparse.linalg import cg
 
 # ITU-R BT.601 luma and chroma, full range: RGB in [0,255] to (Y, U, V), chroma centred at 128.
 RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
-
-
-def blur_matrix(keys, steps):
-    """The blur [1 2 1] along each axis, summed over the axes: (V,V) sparse.
-
-    keys: (V,) ascending, a number for each vertex. steps: the difference of the keys of neighbours along each axis.
-    """
-    vertices = np.arange(len(keys))
-    rows, columns = [vertices], [vertices]
-    for step in steps:
-        found = np.minimum(np.searchsorted(keys, keys + step), len(keys) - 1)
-        pairs = np.flatnonzero(keys[found] == keys + step)
-        rows += [pairs, found[pairs]]
-        columns += [found[pairs], pairs]
-    weights = np.ones(sum(map(len, rows)))
-    weights[: len(keys)] = 2 * len(steps)
-    rows, columns = np.concatenate(rows).astype(np.int32), np.concatenate(columns).astype(np.int32)
-    return coo_matrix((weights, (rows, columns)), shape=(len(keys), len(keys))).tocsr()
 
 
 class BilateralGrid:
@@ -69,25 +51,16 @@ class BilateralGrid:
             raise ValueError("the grid has more cells than a 64-bit key can number: use larger sigmas")
         steps = steps.astype(np.int64)
 
-        # Pixels in one row of cells share the leading digit of the key. Each such band is sorted by itself: the result
-        # is the same as of one long sort, faster (a band stays in cache), and the temporary arrays are small.
-        keys, self.pixel_vertex, count = [], np.empty(guide.shape[:2], np.int32), 0
-        for band in np.split(np.arange(height), np.flatnonzero(np.diff(row)) + 1):
-            band_rows = slice(band[0], band[-1] + 1)
-            yuv = guide[band_rows].reshape(-1, 3).astype(np.float32) @ RGB_TO_YUV.T  # (band pixels, 3)
-            yuv += np.float32([0, 128, 128])
-            bins = (yuv / np.float32([sigma_luma, sigma_chroma, sigma_chroma])).astype(np.int64)
-            key = bins @ steps[2:] + np.tile(column * steps[1], len(band)) + row[band[0]] * steps[0]
-            unique, inverse = np.unique(key, return_inverse=True)
-            keys.append(unique)
-            self.pixel_vertex[band_rows] = inverse.reshape(len(band), width) + count
-            count += len(unique)
-        self.pixel_vertex = self.pixel_vertex.ravel()  # (P,) the vertex of each pixel
-        keys = np.concatenate(keys)  # (V,) ascending
-        self.vertices = len(keys)
-        self.mass = np.bincount(self.pixel_vertex, minlength=self.vertices).astype(float)  # (V,) pixels in a vertex
-
-        self.blur = blur_matrix(keys, steps)  # (V,V)
+        yuv = guide.reshape(-1, 3).astype(np.float32) @ RGB_TO_YUV.T + np.float32([0, 128, 128])  # (P,3)
+        bins = (yuv / np.float32([sigma_luma, sigma_chroma, sigma_chroma])).astype(np.int64)
+        key = bins @ steps[2:] + np.add.outer(row * steps[0], column * steps[1]).ravel()  # (P,)
+        keys, self.pixel_vertex, pixels = np.unique(key, return_inverse=True, return_counts=True)  # (V,), (P,), (V,)
+        self.vertices, self.mass = len(keys), pixels.astype(float)
+        # The blur [1 2 1] along each axis, summed over the axes. The keys of neighbours differ by one step
+        pairs = [np.intersect1d(keys, keys + step, assume_unique=True, return_indices=True)[1:] for step in steps]
+        upper, lower = np.concatenate(pairs, axis=1)  # vertices, a pair for each edge
+        one_way = coo_matrix((np.ones(len(upper)), (upper, lower)), shape=(self.vertices, self.vertices))
+        self.blur = 2 * len(steps) * identity(self.vertices) + one_way + one_way.T  # (V,V)
 
     def splat(self, values):
         """Sum pixel values (H,W) over each vertex: (V,)."""
@@ -134,9 +107,7 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])
     if target.shape[:2] != np.shape(guide)[:2] or target.ndim not in (2, 3):
         raise ValueError(f"target {target.shape} and guide {np.shape(guide)} must have the same height and width")
-    if not np.isfinite(target).all():
-        raise ValueError("the target has values that are not finite numbers")
-    if not (confidence.min() >= 0 and confidence.max() < np.inf):  # also refuses NaN
+    if not (confidence.min() >= 0 and confidence.max() < np.inf):
         raise ValueError("confidence must be a finite number of at least 0, or (H,W) of them")
     if not 0 <= smoothness < np.inf:
         raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
@@ -144,8 +115,8 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
     # Scaled by their largest values, so that no product leaves the range of float64
     offset, peak = float(target.min()), float(confidence.max())
     unit = float(target.max()) - offset or 1.0
-    if not unit < np.inf:
-        raise ValueError("the target's values span more than float64 can hold: scale them down")
+    if not unit < np.inf:  # also refuses NaN
+        raise ValueError("the target's values are not finite, or span more than float64 can hold: scale them down")
     target = (target - offset) / unit
     if peak > 0:
         if smoothness > 1e100 * peak:

@@ -36,9 +36,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
@@ -72,7 +70,7 @@ def hyperparameter(default, help, source, low=0, high=sys.float_info.max, choice
 ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyper-parameter, with the source of its default. Each is also a flag of the command line, with hyphens.
 
@@ -123,18 +121,15 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, limits, kind = getattr(self, field.name), field.metadata, type(field.default)
-            if kind is bool:
-                valid, expected = isinstance(value, bool), "True or False"
+            low, high, choices = limits["low"], limits["high"], (True, False) if kind is bool else limits["choices"]
+            if choices:
+                valid, expected = isinstance(value, kind) and value in choices, f"one of {choices}"
             elif kind is tuple:
                 valid = isinstance(value, tuple) and value and all(isinstance(n, Integral) and n >= 1 for n in value)
                 expected = "a tuple of positive integers"
-            elif limits["choices"]:
-                valid = isinstance(value, kind) and value in limits["choices"]
-                expected = f"one of {limits['choices']}"
             else:
-                valid = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-                low, high = limits["low"], limits["high"]
-                valid = valid and low <= value <= high
+                number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+                valid = number and low <= value <= high
                 span = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
                 expected = f"{'an integer' if kind is int else 'a number'} {span}"
             if not valid:
@@ -251,8 +246,8 @@ class BlockwiseAttention(torch.autograd.Function):
         return d_Wh, d_dst, d_src, None
 
 
-# On CUDA, `attention` is used up to this size of an H x N x N tensor, of which a training step keeps about twelve. On an
-# H100 it takes 0.8 to 0.9 of the time of BlockwiseAttention, which is used above it.
+# On CUDA, `attention` is used up to this size of an H x N x N tensor, of which a training step keeps about twelve. On
+# an H100 it takes 0.8 to 0.9 of the time of BlockwiseAttention, which is used above it.
 PLAIN_BYTES = 2**28
 
 
@@ -398,14 +393,13 @@ def has_converged(losses, config):
     return losses[-4] - losses[-1] < config.early_stop * improvement
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Fit:
     """What `fit` returns."""
 
     assignment: torch.Tensor  # C (N,K), rows summing to 1; all 1 / K if there are no communities
     losses: list  # the loss before every step
     modularity: float  # Q of the most likely clusters, eq. (6)
-    has_communities: bool  # whether Q is at least MIN_MODULARITY
     network: UnSegMedGAT  # after the last step
 
 
@@ -433,10 +427,9 @@ def fit(features, adjacency, config=Config(), shared=None):
             assignment = network(x, adjacency)
             clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
             q = modularity(clusters, adjacency).item()  # eq. (6)
-    has_communities = q >= MIN_MODULARITY
-    if not has_communities:  # then no cluster is the object's
+    if q < MIN_MODULARITY:  # then no cluster is the object's
         assignment = torch.full_like(assignment, 1 / config.clusters)
-    return Fit(assignment, losses, q, has_communities, network)
+    return Fit(assignment, losses, q, network)
 
 
 # UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
@@ -467,13 +460,11 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
 # The paper ends here. What follows leads from a photograph to a mask ===========================================
 
 
-# CUDA graphs ---------------------------------------------------------------------------------------------------
+# Torch: CUDA graphs, and the caller's settings -----------------------------------------------------------------
 
 
-@functools.cache
-def capture_stream(device):
-    """The stream on which CUDA graphs are captured, one for each device: torch keeps a workspace for each stream."""
-    return torch.cuda.Stream(device)
+# The stream on which CUDA graphs are captured, one for each device: torch keeps a workspace for each stream
+capture_stream = functools.cache(torch.cuda.Stream)
 
 
 def capture_cuda_graph(function, device):
@@ -488,8 +479,6 @@ def capture_cuda_graph(function, device):
         result = function()  # each replay writes its result into this tensor
     return lambda: (graph.replay(), result)[1]
 
-
-# The caller's torch --------------------------------------------------------------------------------------------
 
 caller_torch = {"threads": 0, "dtype": None}  # how many threads are inside `standard_torch`, and the dtype before
 
@@ -552,9 +541,8 @@ def why_unreadable(error):
     if isinstance(error, UnidentifiedImageError):
         return ("it is damaged, or its format is not one that Pillow reads here (DICOM, NIfTI and HEIC are not): "
                 "convert it to PNG")  # fmt: skip
-    if isinstance(error, OSError) and error.strerror:  # the operating system's reason
-        return error.strerror
-    return f"it cannot be decoded ({one_line(error)}): is it damaged or incomplete?"
+    reason = getattr(error, "strerror", None)  # the operating system's
+    return reason or f"it cannot be decoded ({one_line(error)}): is it damaged or incomplete?"
 
 
 def load_image(source):
@@ -625,7 +613,7 @@ def upsample(values, stride):
 BOX_MARGIN = 20  # px around the user's box that serve as known background, at least; the margin of the authors' code
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class View:
     """The photograph, or the surroundings of the user's box in it, resized: all that a backbone sees."""
 
@@ -818,10 +806,7 @@ def cached_dino():
 
 
 def download_dino(progress=True):
-    """Download DINO's backbone file into torch.hub's cache and check its SHA-256.
-
-    Raises OSError when the download fails, the digest differs, or the host is silent for DOWNLOAD_TIMEOUT.
-    """
+    """Download DINO's backbone file into torch.hub's cache and check its SHA-256. Raises OSError if that fails."""
     path = cached_dino()
     path.parent.mkdir(parents=True, exist_ok=True)
     timeout_before = socket.getdefaulttimeout()
@@ -846,9 +831,7 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds. torch's advice to load without weights_only is not passed on
-        why = "it is damaged, or not a checkpoint of tensors: download it again"
-        if isinstance(error, OSError) and error.strerror:
-            why = error.strerror
+        why = getattr(error, "strerror", None) or "it is damaged, or not a checkpoint of tensors: download it again"
         raise ValueError(f"{path}: cannot be loaded safely: {why}") from None
 
 
@@ -925,7 +908,7 @@ def join_features(deep, colour, colour_weight):
     return torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Backbone:
     """What turns a View into patch features."""
 
@@ -948,6 +931,8 @@ def load_backbone_file(path):
 
     Raises ValueError, which names the file, if it cannot be run or has no such function.
     """
+    if path.suffix != ".py":
+        raise ValueError(f"backbone must be auto, dino, builtin or a Python file FILE.py, got {path}")
     if not path.is_file():
         raise ValueError(f"backbone {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
@@ -971,16 +956,10 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
     after a change of FILE.py call load_backbone.cache_clear().
     Raises ValueError for other names, and what load_dino and load_backbone_file raise.
     """
-    by_name = backbone in ("auto", "dino", "builtin")
-    if not by_name and Path(backbone).suffix != ".py":
-        raise ValueError(f"backbone must be auto, dino, builtin or a Python file FILE.py, got {backbone}")
-    if weights and backbone not in ("auto", "dino"):
-        raise ValueError(f"weights are for the dino backbone: leave them out with {backbone}")
-    if not by_name:
-        return load_backbone_file(Path(backbone))
-    colour_alone = Backbone("builtin", None)
-    if backbone == "builtin":
-        return colour_alone
+    if backbone not in ("auto", "dino"):
+        if weights:
+            raise ValueError(f"weights are for the dino backbone: leave them out with {backbone}")
+        return Backbone("builtin", None) if backbone == "builtin" else load_backbone_file(Path(backbone))
     device = pick_device(device)
     try:
         model = load_dino(weights, branch, progress)
@@ -991,7 +970,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
             "DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on another "
             "machine and pass it as --weights FILE.", error, DINO_URL,
         )  # fmt: skip
-        return colour_alone
+        return Backbone("builtin", None)
     model.to(device)
 
     def extract(view):
@@ -1059,22 +1038,10 @@ def remove_trend(features, weights, h, w):
     return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
 
 
-def feature_maps(deep, colour, colour_weight, background):
-    """The one or two maps in which the object is searched: (C,h,w) each, C at most 12, centred.
-
-    deep: a backbone's features (N,C), or None; their trend is removed. colour: (N,4), or None. Their mean squares are
-    1 - colour_weight and colour_weight, as in `join_features`; a single map has mean square 1.
-    background: (h,w) weights for the fit of the trend.
-    """
-    h, w = background.shape
-    sources = [] if deep is None else [(remove_trend(deep, background.flatten(), h, w), 1 - colour_weight)]
-    sources += [] if colour is None else [(colour, colour_weight)]
-    maps = []
-    for values, mean_square in sources:
-        mean_square = mean_square if len(sources) > 1 else 1
-        scale = (mean_square / values.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-        maps.append((pca(values, 12) * scale).T.unflatten(1, (h, w)))  # PCA nearly keeps the distances
-    return maps
+def feature_map(features, mean_square, h, w):
+    """Features (N,C) of a grid (h,w) as a map (C,h,w), centred, of this mean square, with at most 12 channels."""
+    scale = (mean_square / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
+    return (pca(features, 12) * scale).T.unflatten(1, (h, w))  # PCA nearly keeps the distances
 
 
 def disc_contrasts(values, field_of_view, background, radii):
@@ -1171,10 +1138,13 @@ def locate_object(view, deep, lab, config, box=None, point=None):
         return values.unflatten(0, view.grid)[::step, ::step].flatten(0, 1)
 
     (h, w), area = view.field_of_view.shape, [side / PATCH for side in view.search_area]
-    background = background_weights(area, view.field_of_view)
-    positive = background + 1e-3
-    colour = None if deep is not None and config.colour == 0 else colour_features(cells(lab), positive.flatten())
-    maps = feature_maps(None if deep is None else cells(deep).cpu(), colour, config.colour, positive)
+    background = (background_weights(area, view.field_of_view) + 1e-3).flatten()
+    colour_weight = 1 if deep is None else config.colour
+    maps = []  # one or two, weighted as in `join_features`
+    if deep is not None:
+        maps.append(feature_map(remove_trend(cells(deep).cpu(), background, h, w), 1 - colour_weight, h, w))
+    if colour_weight:
+        maps.append(feature_map(colour_features(cells(lab), background), colour_weight, h, w))
     if box and box_is_tight(maps, view.field_of_view, area):
         y0, x0, y1, x1 = view.search_area
         ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
@@ -1302,12 +1272,10 @@ def make_mask(view, assignment, adjacency, node_weights, config, size):
     maps = F.interpolate(maps, size=shown, mode="bilinear", antialias=True)[0].numpy()  # (1+K,*shown)
     sy, sx = shown[0] / view.image.shape[1], shown[1] / view.image.shape[2]
     top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, (sy, sx, sy, sx)))
-    soft = np.zeros(shown, np.float32)  # 0 outside the search area
-    soft[top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
 
-    mask, probability, labels = (np.zeros(size, kind) for kind in (bool, np.float32, np.uint8))
-    probability[y0:y1, x0:x1] = soft
-    mask[y0:y1, x0:x1] = clean_mask(soft > 0.5, config.keep_components)
+    probability, labels = np.zeros(size, np.float32), np.zeros(size, np.uint8)  # 0 outside the search area
+    probability[y0:y1, x0:x1][top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
+    mask = clean_mask(probability > 0.5, config.keep_components)
     # The most likely cluster: of the foreground clusters inside the mask, of the others outside
     allowed = (np.arange(config.clusters) >= n_background)[:, None, None] == mask[y0:y1, x0:x1]
     labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
@@ -1321,7 +1289,7 @@ def make_mask(view, assignment, adjacency, node_weights, config, size):
 # The whole method ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Segmentation:
     """What `segment` returns. Height and width are the photograph's own, after its EXIF rotation."""
 
@@ -1366,7 +1334,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     clock.append(time.perf_counter())
     adjacency = build_graph(features, config.tau, node_weights)
     fitted = fit(features, adjacency, config, shared)
-    if not fitted.has_communities:
+    if fitted.modularity < MIN_MODULARITY:
         name = image if isinstance(image, (str, Path)) else "the image"
         log.warning("%s: no communities were found in %d epochs, so the mask is empty", name, len(fitted.losses))
     clock.append(time.perf_counter())
@@ -1595,16 +1563,10 @@ def plan_outputs(args):
     return plan
 
 
-STALE_SECONDS = 3600  # a part of this age was left by a killed run, as writing one takes seconds
-
-
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a path in the same folder to write to, then rename it to `path`, which appears whole or not at all.
-
-    Every writer has a path of its own, as two runs may write into one folder.
-    """
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    """Yield a path in the same folder to write to, then rename it to `path`, which appears whole or not at all."""
+    part = path.with_name(f".{uuid.uuid4().hex}.part")  # of its own, as two runs may write into one folder
     try:
         yield part
         os.replace(part, path)
@@ -1613,10 +1575,10 @@ def atomic_write(path):
 
 
 def remove_stale_parts(folder):
-    """Remove the unfinished files that killed runs have left in a folder."""
+    """Remove the parts that killed runs have left in a folder: those of over an hour, as writing one takes seconds."""
     for path in folder.glob(f".{'[0-9a-f]' * 32}.part"):
         with contextlib.suppress(OSError):  # another run may remove it first
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
 
 
@@ -1643,20 +1605,17 @@ def segment_to_files(image, outputs, config, segment_kwargs, verbose):
     return message + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
 
 
-def in_distributed_run():
-    """Whether this process is one of a torch.distributed run; some builds of torch have no distributed."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
 def rank_and_world():
     """The rank of this process and the number of processes; (0, 1) outside a torch.distributed run."""
-    return (distributed.get_rank(), distributed.get_world_size()) if in_distributed_run() else (0, 1)
+    if not (distributed.is_available() and distributed.is_initialized()):  # some builds of torch have no distributed
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def all_gather(value):
     """The value of every rank of a torch.distributed run, in order; [value] outside one."""
     values = [value] * rank_and_world()[1]
-    if in_distributed_run():
+    if len(values) > 1:
         distributed.all_gather_object(values, value)
     return values
 
@@ -1720,7 +1679,12 @@ def segment_all(args):
         extractors = [lambda path=path: extract_nodes(load_image(path), config, backbone, device, **prompts)
                       for path, _ in plan]  # fmt: skip
         segment_kwargs["shared"] = shared_parameters(extractors, config, device, args.quiet or rank > 0)
-    return report_failures(segment_todo(todo, len(plan), config, segment_kwargs, args), len(plan))
+    failures = sum(all_gather(segment_todo(todo, len(plan), config, segment_kwargs, args)), [])
+    if rank > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
+        return 0
+    if failures and len(plan) > 1:
+        log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
+    return 1 if failures else 0
 
 
 def start_worker():
@@ -1730,29 +1694,22 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-@contextlib.contextmanager
-def worker_processes(count):
-    """Yield a function like `map`, whose calls run in so many worker processes, or here if the count is below 2.
+def map_in_workers(count, *args):
+    """`map(*args)` in so many worker processes, or here if the count is below 2: a generator.
 
     Raises OSError if the system kills a worker.
     """
     if count < 2:
-        yield map
+        yield from map(*args)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
-
-    def map_in_workers(*args):
+    try:
         heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit: only this process is interrupted
         results = pool.map(*args)
         signal.signal(signal.SIGINT, heed)
-        return results
-
-    try:
-        yield map_in_workers
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker was killed, perhaps as memory ran out: add --skip-existing and fewer --workers"
-        ) from None
+        yield from results
+    except BrokenExecutor:
+        raise OSError("a worker was killed, perhaps for want of memory: use fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt the images that have begun are finished
 
@@ -1766,24 +1723,14 @@ def segment_todo(todo, count, config, segment_kwargs, args):
         segment_kwargs = segment_kwargs | {"backbone": segment_kwargs["backbone"].name}
     task = functools.partial(segment_to_files, config=config, segment_kwargs=segment_kwargs, verbose=args.verbose)
     _, images, outputs = zip(*todo) if todo else ((), (), ())
-    with worker_processes(workers) as map_in_order:
-        for (number, image, output), (message, error) in zip(todo, map_in_order(task, images, outputs)):
+    with contextlib.closing(map_in_workers(workers, task, images, outputs)) as results:
+        for (number, image, output), (message, error) in zip(todo, results):
             if error:
                 failures.append(image)
                 log.error("%s: %s", image, error)
             elif not args.quiet:
                 print_line(f"[{number}/{count}] {image} -> {output['mask']}  {message}")
     return failures
-
-
-def report_failures(failures, count):
-    """Log the images that failed on any rank, of `count`; returns the exit code."""
-    failures = sum(all_gather(failures), [])
-    if rank_and_world()[0] > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
-        return 0
-    if failures and count > 1:
-        log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
-    return 1 if failures else 0
 
 
 def run_program(program, advice):
@@ -1796,21 +1743,20 @@ def run_program(program, advice):
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
-        if "LOCAL_RANK" in os.environ:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
-            distributed.init_process_group("gloo", timeout=timedelta(days=1))
-        return program()
+        with contextlib.ExitStack() as stack:
+            if "LOCAL_RANK" in os.environ:
+                if torch.cuda.is_available():
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+                # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
+                distributed.init_process_group("gloo", timeout=timedelta(days=1))
+                stack.callback(distributed.destroy_process_group)
+            return program()
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", one_line(error))
         return 2
     except KeyboardInterrupt:
         log.error("interrupted; %s", advice)
         return 130
-    finally:
-        if in_distributed_run():
-            distributed.destroy_process_group()
 
 
 def main(argv=None):
