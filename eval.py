@@ -115,10 +115,10 @@ class GCNLayer(nn.Module):
 class ARMALayer(nn.Module):
     """ARMA graph convolution (Bianchi et al. 2021, eqs. (6) and (7)): the mean of parallel stacks of recursive filters.
 
-    Each stack iterates X' = sigma(A X W + X0 V), with A normalised; all iterations but the first share W.
+    Each stack iterates X' = sigma(A X W + X0 V) twice, with A normalised.
     """
 
-    def __init__(self, in_features, out_features, activation, stacks=2, iterations=2):
+    def __init__(self, in_features, out_features, activation, stacks=2):
         super().__init__()
         self.first = nn.Parameter(torch.empty(stacks, in_features, out_features))
         self.W = nn.Parameter(torch.empty(stacks, out_features, out_features))
@@ -126,14 +126,12 @@ class ARMALayer(nn.Module):
         for parameter in self.parameters():
             for stack in parameter:
                 nn.init.xavier_uniform_(stack)
-        self.iterations, self.activation = iterations, activation
+        self.activation = activation
 
     def forward(self, x, propagation):  # (N,in), (N,N) -> (N,out)
         skip = x @ self.V  # (stacks,N,out)
         state = self.activation(propagation @ (x @ self.first) + skip)
-        for _ in range(self.iterations - 1):
-            state = self.activation(propagation @ (state @ self.W) + skip)
-        return state.mean(0)
+        return self.activation(propagation @ (state @ self.W) + skip).mean(0)
 
 
 def optimise(features, adjacency, config, layer_class, loss):
@@ -176,13 +174,12 @@ def modularity_loss(assignment, adjacency, _, config):
     return u.modularity_loss(assignment, adjacency, config.resolution, config.collapse_weight)
 
 
-GCNSkipLayer = functools.partial(GCNLayer, skip=True)
 METHODS = {
     "unsegmedgat": unsegmedgat,
     "unsegmedgatc": unsegmedgat,  # `score_all` passes the shared parameters
     "vit-kmeans": kmeans,
     "dsm": dsm,
-    "mincutpool": functools.partial(optimise, layer_class=GCNSkipLayer, loss=mincut_loss),  # Bianchi et al. 2020
+    "mincutpool": functools.partial(optimise, layer_class=functools.partial(GCNLayer, skip=True), loss=mincut_loss),
     "unseggnet": functools.partial(optimise, layer_class=GCNLayer, loss=modularity_loss),  # Reddy et al. 2024
     "unsegarmanet": functools.partial(optimise, layer_class=ARMALayer, loss=modularity_loss),  # Reddy et al. 2024
 }
@@ -421,22 +418,17 @@ def inner_point(mask):
     return int(x), int(y)
 
 
-def jittered(prompt, jitter, shape, seed):
-    """A point, or each side of a box, moved by up to `jitter` px at random; kept inside the image, a box not empty."""
-    moved = np.array(prompt) + np.random.default_rng(seed).integers(-jitter, jitter + 1, size=len(prompt))
-    moved[:2] = moved[:2].clip(0, [shape[1] - 1, shape[0] - 1])
-    if len(prompt) == 4:
-        moved[2:] = moved[2:].clip(moved[:2] + 1, shape[::-1])
-    return tuple(moved.tolist())
+def inexact(prompt, loosen, jitter, shape, seed):
+    """A point or box as a user may give it: the box scaled about its centre, each number moved by up to `jitter` px.
 
-
-def loosened(box, factor, shape):
-    """A box scaled about its centre, rounded to px, kept inside the image and not empty."""
-    x0, y0, x1, y1 = box
-    half = (x1 - x0) / 2 * (factor - 1), (y1 - y0) / 2 * (factor - 1)
-    low = [max(0, round(start - more)) for start, more in zip((x0, y0), half)]
-    high = [min(n, max(at + 1, round(stop + more))) for n, at, stop, more in zip(shape[::-1], low, (x1, y1), half)]
-    return (*low, *high)
+    It is rounded to px and kept inside the image, a box not empty.
+    """
+    corners = np.array(prompt, float).reshape(-1, 2)  # two of a box, or the point
+    corners = np.rint(corners.mean(0) + loosen * (corners - corners.mean(0))).astype(int)
+    corners += np.random.default_rng(seed).integers(-jitter, jitter + 1, size=corners.shape)
+    corners[0] = corners[0].clip(0, [shape[1] - 1, shape[0] - 1])
+    corners[1:] = corners[1:].clip(corners[0] + 1, shape[::-1])
+    return tuple(corners.flatten().tolist())
 
 
 # Prediction under a protocol -----------------------------------------------------------------------------------
@@ -485,9 +477,8 @@ class EvalImage:
                 self.scored = np.s_[top : y1 + u.BOX_MARGIN, left : x1 + u.BOX_MARGIN]
                 self.prompt = x0 - left, y0 - top, x1 - left, y1 - top
             else:
-                size = self.truth.shape
-                prompt = loosened(box, run.args.loosen, size) if protocol == "box" else inner_point(self.truth)
-                self.prompt = jittered(prompt, run.args.jitter, size, seed)
+                prompt = box if protocol == "box" else inner_point(self.truth)
+                self.prompt = inexact(prompt, run.args.loosen, run.args.jitter, self.truth.shape, seed)
         if noise is not None:
             self.backbone = oracle_backbone(self.squash(self.truth[self.scored], Image.NEAREST), noise, seed)
         self.crop = self.rgb[self.scored]
