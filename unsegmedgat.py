@@ -72,10 +72,7 @@ ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every hyper-parameter, with the source of its default. Each is also a flag of the command line, with hyphens.
-
-    Raises ValueError, which names the field, for a value out of range.
-    """
+    """Every hyper-parameter, with the source of its default; each is also a flag. Raises ValueError if out of range."""
 
     # From the paper
     tau: float = hyperparameter(0.3, "similarities up to tau give no edge, eq. (1)", "paper, III", 1e-9, 1 - 1e-9)
@@ -294,13 +291,10 @@ class UnSegMedGAT(nn.Module):
     def __init__(self, in_features, config=Config()):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]()
-        self.series = nn.ModuleList(
-            nn.ModuleList(
-                GraphAttention(in_features if layer == 0 else width, width, config.heads, config.residual)
-                for layer in range(config.layers)
-            )
-            for width in config.widths
-        )
+        self.series = nn.ModuleList()
+        for width in config.widths:
+            inputs = [in_features] + [width] * (config.layers - 1)
+            self.series.append(nn.ModuleList(GraphAttention(n, width, config.heads, config.residual) for n in inputs))
         self.fc_branch = nn.ModuleList(nn.Linear(width, config.fc_dim) for width in config.widths)
         self.fc_out = nn.Linear(config.fc_dim, config.clusters)
 
@@ -587,10 +581,7 @@ def patch_grid(sides, stride):
 
 
 def resize_image(rgb, size, stride=PATCH):
-    """Resize (height,width,3) uint8 to a shorter side of about `size` px: (3,s,t) in [0,1], s and t multiples of 8.
-
-    Raises ImageError if its patches, `stride` px apart, are too many for a graph.
-    """
+    """Resize (height,width,3) uint8 to a shorter side of about `size` px: (3,s,t) in [0,1], s and t multiples of 8."""
     height, width = rgb.shape[:2]
     scale = size / min(height, width)
     s, t = (round(side * scale / PATCH) * PATCH for side in (height, width))
@@ -927,10 +918,7 @@ def pick_device(device):
 
 
 def load_backbone_file(path):
-    """The Backbone of a Python file, which must define extract(view): a View -> features (N,C), row-major.
-
-    Raises ValueError, which names the file, if it cannot be run or has no such function.
-    """
+    """The Backbone of a Python file that defines extract(view): a View -> features (N,C). Raises ValueError if not."""
     if path.suffix != ".py":
         raise ValueError(f"backbone must be auto, dino, builtin or a Python file FILE.py, got {path}")
     if not path.is_file():
@@ -966,10 +954,8 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
     except OSError as error:
         if backbone == "dino":
             raise
-        log.warning(
-            "DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on another "
-            "machine and pass it as --weights FILE.", error, DINO_URL,
-        )  # fmt: skip
+        log.warning("DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on "
+                    "another machine and pass it as --weights FILE.", error, DINO_URL)  # fmt: skip
         return Backbone("builtin", None)
     model.to(device)
 
@@ -981,10 +967,7 @@ def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto"
 
 
 def extract_features(backbone, view, device):
-    """The features of a backbone for a View, (N,C) float32 on the device, rows of norm 1; None for the colour alone.
-
-    Raises ValueError, which names the backbone, if it fails or returns something else.
-    """
+    """A backbone's features of a View: (N,C), rows of norm 1, or None for the colour alone. Raises ValueError."""
     if backbone.extract is None:
         return None
     n = math.prod(view.grid)
@@ -1695,10 +1678,7 @@ def start_worker():
 
 
 def map_in_workers(count, *args):
-    """`map(*args)` in so many worker processes, or here if the count is below 2: a generator.
-
-    Raises OSError if the system kills a worker.
-    """
+    """Yield from `map(*args)`, run in so many worker processes, or here if the count is below 2. Raises OSError."""
     if count < 2:
         yield from map(*args)
         return
@@ -1734,17 +1714,14 @@ def segment_todo(todo, count, config, segment_kwargs, args):
 
 
 def run_program(program, advice):
-    """The exit code of program(): what it returns, 2 after an error, logged in one line, or 130 after an interrupt.
-
-    Under torchrun the processes are connected meanwhile, to share the images; see `rank_and_world`.
-    """
+    """The exit code of program(): what it returns, 2 after an error, logged in one line, or 130 after an interrupt."""
     logging.basicConfig(format=LOG_FORMAT)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # `load_image` has its own limits
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
         with contextlib.ExitStack() as stack:
-            if "LOCAL_RANK" in os.environ:
+            if "LOCAL_RANK" in os.environ:  # under torchrun the processes share the images, see `rank_and_world`
                 if torch.cuda.is_available():
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
                 # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
