@@ -1011,26 +1011,21 @@ def test_an_interrupt_leaves_whole_files_and_skip_existing_goes_on(tmp_path, req
     images, out = [tmp_path / f"{n:02}.png" for n in range(9)], tmp_path / "out"
     for seed in [0, *range(3, 9)]:
         Image.fromarray(lesion(seed=seed)[0]).save(images[seed])
-    pipes = []  # the second and third image: both workers wait for what never comes
     for image in images[1:3]:
-        os.mkfifo(image)
-        pipes.append(os.open(image, os.O_RDWR))
+        os.mkfifo(image)  # both workers wait for what never comes
     command = [sys.executable, HERE / "unsegmedgat.py", *images, "-o", out, *QUICK, "--workers", "2"]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell would have it ignored
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     request.addfinalizer(process.kill)
     assert process.stdout.readline().startswith("[1/9]")
     process.send_signal(signal.SIGINT)
-    for image, pipe in zip(images[1:3], pipes):
-        image.unlink()  # who opens it from now on finds no file,
-        os.close(pipe)  # and who has opened it reads its end: no image, and nobody waits for ever
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and errors == (
-        "ERROR: interrupted; the outputs that exist are whole, and --skip-existing continues from here\n"
-    )
+    says = "ERROR: interrupted; the outputs that exist are whole, and --skip-existing continues from here\n"
+    assert process.returncode == 130 and errors == says
     before = contents(out)
     assert 0 < len(before) < 9 and all(Image.open(path).load() for path in out.iterdir())
     for image in images[1:3]:
+        image.unlink()
         Image.fromarray(lesion()[0]).save(image)
     assert u.main([*map(str, command[2:]), "--skip-existing", "--quiet", "--workers", "1"]) == 0
     after = contents(out)

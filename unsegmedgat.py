@@ -1682,6 +1682,7 @@ def map_in_workers(count, *args):
     if count < 2:
         yield from map(*args)
         return
+    others = {*multiprocessing.active_children()}  # of the caller
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
     try:
         heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit: only this process is interrupted
@@ -1690,8 +1691,12 @@ def map_in_workers(count, *args):
         yield from results
     except BrokenExecutor:
         raise OSError("a worker was killed, perhaps for want of memory: use fewer --workers") from None
+    except (KeyboardInterrupt, GeneratorExit):  # interrupted here, or where the results are used
+        for worker in {*multiprocessing.active_children()} - others:
+            worker.kill()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt the images that have begun are finished
+        pool.shutdown(cancel_futures=True)
 
 
 def segment_todo(todo, count, config, segment_kwargs, args):
@@ -1704,7 +1709,7 @@ def segment_todo(todo, count, config, segment_kwargs, args):
     task = functools.partial(segment_to_files, config=config, segment_kwargs=segment_kwargs, verbose=args.verbose)
     _, images, outputs = zip(*todo) if todo else ((), (), ())
     with contextlib.closing(map_in_workers(workers, task, images, outputs)) as results:
-        for (number, image, output), (message, error) in zip(todo, results):
+        for (message, error), (number, image, output) in zip(results, todo):  # ends when the results do
             if error:
                 failures.append(image)
                 log.error("%s: %s", image, error)
