@@ -1679,7 +1679,7 @@ def start_worker():
 
 def map_in_workers(count, *args):
     """Yield from `map(*args)`, run in so many worker processes, or here if the count is below 2. Raises OSError."""
-    if count < 2:
+    if count < 2 or threading.current_thread() is not threading.main_thread():  # which alone can handle interrupts
         yield from map(*args)
         return
     others = {*multiprocessing.active_children()}  # of the caller
