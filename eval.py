@@ -926,7 +926,6 @@ def bench_graph(n, device):
         "N": n,
         "features and location, ms": 1e3 * best_time(lambda: u.extract_nodes(rgb, config, backbone, device)),
         "graph, ms": 1e3 * best_time(lambda: u.build_graph(features, config.tau, node_weights)),
-        "edges, fraction of N x N": float((adjacency > 0).float().mean()),
         "epochs of the fit": len(fitted.losses),
         "fit, s": best_time(lambda: u.fit(features, adjacency, config), 1),
         "mask, ms": 1e3 * best_time(mask),

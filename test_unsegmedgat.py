@@ -1051,7 +1051,7 @@ def test_outputs_do_not_depend_on_the_number_of_workers_or_of_torchruns_processe
 
 
 def test_a_worker_that_the_system_kills_ends_the_run_with_advice():
-    with pytest.raises(OSError, match="a worker was killed.* fewer --workers"):
+    with pytest.raises(OSError, match="worker processes failed.* fewer --workers"):
         [*u.map_in_workers(2, os._exit, [1])]
 
 

@@ -26,6 +26,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -36,7 +37,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
@@ -53,7 +54,6 @@ from torch.autograd.function import once_differentiable
 import bilateral
 
 log = logging.getLogger("unsegmedgat")  # warnings and errors for the user; they go to stderr unless configured
-LOG_FORMAT = "%(levelname)s: %(message)s"
 
 PATCH = 8  # px, the side of a patch: ViT-S/8
 
@@ -243,9 +243,8 @@ class BlockwiseAttention(torch.autograd.Function):
         return d_Wh, d_dst, d_src, None
 
 
-# On CUDA, `attention` is used up to this size of an H x N x N tensor, of which a training step keeps about twelve. On
-# an H100 it takes 0.8 to 0.9 of the time of BlockwiseAttention, which is used above it.
-PLAIN_BYTES = 2**28
+# On CUDA `attention` is the faster one (on an H100 0.8 to 0.9 of the time); it is used up to this size of an (H,N,N)
+PLAIN_BYTES = 2**28  # tensor, of which a training step keeps about twelve
 
 
 class GraphAttention(nn.Module):
@@ -398,11 +397,10 @@ class Fit:
 
 
 def fit(features, adjacency, config=Config(), shared=None):
-    """Optimise the network on one image alone.
+    """Optimise the network on one image alone; returns a Fit.
 
     features: f (N,C). adjacency: (N,N). shared: a state_dict from `fit_collective`, the initial parameters;
     config.shared_epochs of the epochs are then done already.
-    Returns a Fit.
     """
     with standard_torch():  # gradients and float32, whatever the caller has set
         x, device = centre_and_scale(features, adjacency), adjacency.device
@@ -766,8 +764,7 @@ class VisionTransformer(nn.Module):
     def keys(self, images, stride=PATCH):
         """The keys of the last block (section II), before they are split into heads: (B,N,C), row-major.
 
-        images: (B,3,s,t), normalised as for ImageNet, s and t multiples of the patch. stride: px between patches.
-        Raises ValueError for other sides.
+        images: (B,3,s,t), normalised as for ImageNet. stride: px. Raises ValueError if s or t is no multiple of 8.
         """
         proj = self.patch_embed["proj"]
         if images.shape[2] % PATCH or images.shape[3] % PATCH:
@@ -890,7 +887,6 @@ def join_features(deep, colour, colour_weight):
     """The features of a backbone (N,C) beside those of the colour (N,4), rows of norm 1: (N,C+4).
 
     Their cosine similarity is the weighted mean of both: (1 - colour_weight) cos(deep) + colour_weight cos(colour).
-    deep: None for the colour alone.
     """
     if deep is None or colour_weight == 1:
         return colour
@@ -1192,7 +1188,6 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     """The probability of each patch to be object, (N,) in [0,1].
 
     assignment: (N,K) from `order_clusters`; its first n_background clusters are background. adjacency: (N,N).
-    node_weights: (N,).
     It is the sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is
     judged again, as modularity assigns patches between two clusters to the smaller one with full confidence. Its
     log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to the foreground /
@@ -1238,8 +1233,6 @@ def clean_mask(mask, keep_components):
 def make_mask(view, assignment, adjacency, node_weights, config, size):
     """The clusters of the patches, assignment (N,K), as maps over the photograph of `size` (height,width).
 
-    The foreground and, for K > 2, the clusters are upsampled to the resized image, refined, upsampled to the
-    photograph, thresholded and cleaned.
     Returns a dictionary: the mask, probability and labels of a Segmentation, and the ordered assignment.
     """
     assignment, n_background = order_clusters(view, assignment, node_weights)
@@ -1342,10 +1335,7 @@ def draw_contour(rgb, mask, colour, width):
 
 def overlay(rgb, mask):
     """The image (height,width,3) uint8 with the mask (height,width) bool tinted and outlined: a PIL image."""
-    from torchvision.utils import draw_segmentation_masks  # it takes over a second to import
-
-    image = torch.from_numpy(rgb).permute(2, 0, 1)
-    tinted = draw_segmentation_masks(image, torch.from_numpy(mask), 0.2, MASK_COLOUR).permute(1, 2, 0).numpy().copy()
+    tinted = np.where(mask[..., None], 0.8 * rgb + np.multiply(0.2, MASK_COLOUR), rgb).astype(np.uint8)
     draw_contour(tinted, mask, MASK_COLOUR, max(1, round(min(mask.shape) / 200)))
     return Image.fromarray(tinted)
 
@@ -1366,7 +1356,7 @@ def captioned(text, picture, size):
 
 def image_grid(tiles, columns):
     """PIL images of one size in a grid of so many columns: a PIL image."""
-    from torchvision.transforms.functional import to_pil_image, to_tensor
+    from torchvision.transforms.functional import to_pil_image, to_tensor  # they take over a second to import
     from torchvision.utils import make_grid
 
     return to_pil_image(make_grid([to_tensor(tile) for tile in tiles], nrow=columns, padding=6, pad_value=1.0))
@@ -1670,33 +1660,45 @@ def segment_all(args):
     return 1 if failures else 0
 
 
+def set_up_messages():
+    """Set the format of log messages, and hide Pillow's warnings, as `load_image` has its own limits."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def start_worker():
-    """Prepare a worker process: one torch thread, log messages, and an end when the main process ends, in any way."""
+    """Prepare a worker process, which uses one torch thread and ends when the main process ends, in any way."""
     torch.set_num_threads(1)
-    logging.basicConfig(format=LOG_FORMAT)
+    set_up_messages()
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def map_in_workers(count, *args):
-    """Yield from `map(*args)`, run in so many worker processes, or here if the count is below 2. Raises OSError."""
+def run_pickled(function, *args):
+    """Call a pickled function. Unpickled, each of its tensors would be sent to a worker as an open file."""
+    return pickle.loads(function)(*args)
+
+
+def map_in_workers(count, function, *items):
+    """Yield from `map`, run in so many worker processes, or here if the count is below 2. Raises OSError."""
     if count < 2 or threading.current_thread() is not threading.main_thread():  # which alone can handle interrupts
-        yield from map(*args)
+        yield from map(function, *items)
         return
     others = {*multiprocessing.active_children()}  # of the caller
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
     try:
-        heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit: only this process is interrupted
-        results = pool.map(*args)
-        signal.signal(signal.SIGINT, heed)
-        yield from results
-    except BrokenExecutor:
-        raise OSError("a worker was killed, perhaps for want of memory: use fewer --workers") from None
-    except (KeyboardInterrupt, GeneratorExit):  # interrupted here, or where the results are used
-        for worker in {*multiprocessing.active_children()} - others:
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker) as pool:
+            heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: only this process is interrupted
+            try:
+                results = pool.map(functools.partial(run_pickled, pickle.dumps(function)), *items)
+            finally:
+                signal.signal(signal.SIGINT, heed)
+            try:
+                yield from results
+            except (KeyboardInterrupt, GeneratorExit):  # interrupted here, or where the results are used
+                for worker in {*multiprocessing.active_children()} - others:
+                    worker.kill()
+                raise
+    except (RuntimeError, OSError, ImportError) as error:
+        raise OSError(f"worker processes failed ({one_line(error)}): try fewer --workers; 1 starts none") from None
 
 
 def segment_todo(todo, count, config, segment_kwargs, args):
@@ -1720,8 +1722,7 @@ def segment_todo(todo, count, config, segment_kwargs, args):
 
 def run_program(program, advice):
     """The exit code of program(): what it returns, 2 after an error, logged in one line, or 130 after an interrupt."""
-    logging.basicConfig(format=LOG_FORMAT)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # `load_image` has its own limits
+    set_up_messages()
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
