@@ -1688,11 +1688,12 @@ def map_in_workers(count, function, *items):
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker) as pool:
             heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: only this process is interrupted
             try:
-                results = pool.map(functools.partial(run_pickled, pickle.dumps(function)), *items)
+                task = pickle.dumps(function)
+                futures = [pool.submit(run_pickled, task, *args) for args in zip(*items)]
             finally:
                 signal.signal(signal.SIGINT, heed)
             try:
-                yield from results
+                yield from (future.result() for future in futures)
             except (KeyboardInterrupt, GeneratorExit):  # interrupted here, or where the results are used
                 for worker in {*multiprocessing.active_children()} - others:
                     worker.kill()
