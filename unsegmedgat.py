@@ -9,9 +9,8 @@ optimised on that image alone, without labels, until the clusters that it assign
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with overlays to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on several cores, GPUs or machines
 
-The first part of the file is section II of the paper, equations (1) to (8) in their order, and the collective phase of
-section III. The second part is what the paper needs around it: images, features, the object's location, the mask, the
-command line. Where a default differs from the paper, `Config` says so.
+The first part of the file is section II of the paper, equations (1) to (8) in their order, and section III's collective
+phase. The second part leads from a photograph to a mask. Where a default differs from the paper, `Config` says so.
 
 Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
 image is (3,s,t), with the paper's s and t; a photograph is (height,width,3).
@@ -243,8 +242,7 @@ class BlockwiseAttention(torch.autograd.Function):
         return d_Wh, d_dst, d_src, None
 
 
-# On CUDA, `attention` takes 0.8 to 0.9 of the time of BlockwiseAttention (H100), but keeps about 12 (H,N,N) tensors
-PLAIN_BYTES = 2**28  # size of such a tensor, up to which it is used on CUDA
+PLAIN_BYTES = 2**28  # size of an (H,N,N) tensor up to which CUDA runs `attention`, which is faster and keeps about 12
 
 
 class GraphAttention(nn.Module):
@@ -393,6 +391,7 @@ class Fit:
     assignment: torch.Tensor  # C (N,K), rows summing to 1; all 1 / K if there are no communities
     losses: list  # the loss before every step
     modularity: float  # Q of the most likely clusters, eq. (6)
+    has_communities: bool  # whether Q is at least MIN_MODULARITY
     network: UnSegMedGAT  # after the last step
 
 
@@ -419,9 +418,9 @@ def fit(features, adjacency, config=Config(), shared=None):
             assignment = network(x, adjacency)
             clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
             q = modularity(clusters, adjacency).item()  # eq. (6)
-    if q < MIN_MODULARITY:  # then no cluster is the object's
+    if not (has_communities := q >= MIN_MODULARITY):  # then no cluster is the object's
         assignment = torch.full_like(assignment, 1 / config.clusters)
-    return Fit(assignment, losses, q, network)
+    return Fit(assignment, losses, q, has_communities, network)
 
 
 # UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
@@ -455,8 +454,7 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
 # Torch: CUDA graphs, and the caller's settings -----------------------------------------------------------------
 
 
-# The stream on which CUDA graphs are captured, one for each device: torch keeps a workspace for each stream
-capture_stream = functools.cache(torch.cuda.Stream)
+capture_stream = functools.cache(torch.cuda.Stream)  # one for each device, as torch keeps a workspace for each
 
 
 def capture_cuda_graph(function, device):
@@ -533,8 +531,7 @@ def why_unreadable(error):
     if isinstance(error, UnidentifiedImageError):
         return ("it is damaged, or its format is not one that Pillow reads here (DICOM, NIfTI and HEIC are not): "
                 "convert it to PNG")  # fmt: skip
-    reason = getattr(error, "strerror", None)  # the operating system's
-    return reason or f"it cannot be decoded ({one_line(error)}): is it damaged or incomplete?"
+    return getattr(error, "strerror", None) or f"it cannot be decoded ({one_line(error)}): is it damaged or incomplete?"
 
 
 def load_image(source):
@@ -546,8 +543,7 @@ def load_image(source):
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
-            shapes = "(height,width) or (height,width,3)"
-            raise ImageError(f"an array must be uint8 of shape {shapes}, got {source.dtype} {source.shape}")
+            raise ImageError(f"an array must be uint8, (height,width[,3]), got {source.dtype} {source.shape}")
         source = Image.fromarray(source)
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -1310,7 +1306,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     clock.append(time.perf_counter())
     adjacency = build_graph(features, config.tau, node_weights)
     fitted = fit(features, adjacency, config, shared)
-    if fitted.modularity < MIN_MODULARITY:
+    if not fitted.has_communities:
         name = image if isinstance(image, (str, Path)) else "the image"
         log.warning("%s: no communities were found in %d epochs, so the mask is empty", name, len(fitted.losses))
     clock.append(time.perf_counter())
@@ -1563,9 +1559,9 @@ def print_line(text):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open to the end of the process
 
 
-def segment_to_files(image, outputs, config, segment_kwargs, verbose):
-    """Segment one image and write its outputs: (a message, None), or (None, the error in one line)."""
-    start = time.perf_counter()
+def segment_to_files(item, config, segment_kwargs, verbose):
+    """Segment the image of an item (number, image, outputs): (a message, None), or (None, the error in one line)."""
+    start, (_, image, outputs) = time.perf_counter(), item
     try:
         result = segment(image, config, **segment_kwargs)
         for kind, path in outputs.items():
@@ -1673,15 +1669,15 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def run_pickled(function, *args):
+def run_pickled(function, item):
     """Call a pickled function. Unpickled, each of its tensors would be sent to a worker as an open file."""
-    return pickle.loads(function)(*args)
+    return pickle.loads(function)(item)
 
 
-def map_in_workers(count, function, *items):
+def map_in_workers(count, function, items):
     """Yield from `map`, run in so many worker processes, or here if the count is below 2. Raises OSError."""
     if count < 2 or threading.current_thread() is not threading.main_thread():  # which alone can handle interrupts
-        yield from map(function, *items)
+        yield from map(function, items)
         return
     others = {*multiprocessing.active_children()}  # the caller's own
     try:
@@ -1689,7 +1685,7 @@ def map_in_workers(count, function, *items):
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: interrupts come here only
             try:
                 task = pickle.dumps(function)
-                futures = [pool.submit(run_pickled, task, *args) for args in zip(*items)]
+                futures = [pool.submit(run_pickled, task, item) for item in items]
             finally:
                 signal.signal(signal.SIGINT, handler)
             try:
@@ -1710,14 +1706,15 @@ def segment_todo(todo, count, config, segment_kwargs, args):
     if workers > 1:  # a Backbone holds a function, which cannot be sent to a process
         segment_kwargs = segment_kwargs | {"backbone": segment_kwargs["backbone"].name}
     task = functools.partial(segment_to_files, config=config, segment_kwargs=segment_kwargs, verbose=args.verbose)
-    _, images, outputs = zip(*todo) if todo else ((), (), ())
-    with contextlib.closing(map_in_workers(workers, task, images, outputs)) as results:
-        for (message, error), (number, image, output) in zip(results, todo):  # ends when the results do
+    with contextlib.closing(map_in_workers(workers, task, todo)) as results, contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, cores)
+        torch.set_num_threads(cores if count == 1 else 1)  # as in a worker, so outputs do not depend on their number
+        for (message, error), (number, image, outputs) in zip(results, todo):  # ends when the results do
             if error:
                 failures.append(image)
                 log.error("%s: %s", image, error)
             elif not args.quiet:
-                print_line(f"[{number}/{count}] {image} -> {output['mask']}  {message}")
+                print_line(f"[{number}/{count}] {image} -> {outputs['mask']}  {message}")
     return failures
 
 
