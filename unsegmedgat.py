@@ -1675,7 +1675,7 @@ def run_pickled(function, item):
 
 
 def map_in_workers(count, function, items):
-    """Yield from `map`, run in so many worker processes, or here if the count is below 2. Raises OSError."""
+    """Yield from map(function, items), run in `count` processes, or in this one for a count below 2. Raises OSError."""
     if count < 2 or threading.current_thread() is not threading.main_thread():  # which alone can handle interrupts
         yield from map(function, items)
         return
