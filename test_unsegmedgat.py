@@ -1037,7 +1037,7 @@ def torchrun(*arguments):
 
 
 def test_outputs_do_not_depend_on_the_workers_or_torchruns_processes(folder, tmp_path, capsys, monkeypatch):
-    arguments, printed, threads = [str(folder), *QUICK, "--shared-epochs", "5", "--probability"], [], set()
+    arguments, printed, threads = [str(folder), *QUICK, "--shared-epochs", "2", "--probability"], [], set()
     monkeypatch.setattr(u, "fit", lambda *args, fit=u.fit: threads.add(torch.get_num_threads()) or fit(*args))
     torch.set_num_threads(2)
     for workers in "1", "2":
