@@ -14,6 +14,8 @@ chroma, chroma). Torch is not needed:
 Shapes: P pixels = H * W, V vertices, K targets that share one grid.
 """
 
+import warnings
+
 import numpy as np
 from scipy.sparse import coo_matrix, diags, identity
 from scipy.sparse.linalg import cg
@@ -85,7 +87,7 @@ class BilateralGrid:
 
 
 def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma_chroma=5, smoothness=256,
-          iterations=25, tolerance=1e-5):  # fmt: skip
+          iterations=1000, tolerance=1e-5):  # fmt: skip
     """Smooth a target along the edges of a photograph: equation (8) of Barron and Poole 2016.
 
     target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
@@ -95,7 +97,7 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
         it is 0 everywhere, the solution is the target's mean.
     smoothness: lambda, the weight of the smoothness term. sigma_*: see BilateralGrid.
     iterations, tolerance: largest number of steps of conjugate gradients with Jacobi's preconditioner, and the relative
-        residual at which they stop earlier.
+        residual at which they stop earlier; a RuntimeWarning says if it is not reached.
     Returns float64 of the target's shape, not rounded; it can leave the target's range by about the tolerance. Scaling
     the target scales the solution; scaling both confidence and smoothness does not change it.
     Raises ValueError for shapes that disagree, masked arrays, values that are not finite, a confidence below 0, a
@@ -135,6 +137,8 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
         start = np.divide(right_hand_side, data_weight, out=np.full(grid.vertices, mean), where=data_weight > 0)
         rounding = 1e-12 * np.linalg.norm(diagonal * start)  # smaller residuals are rounding errors
         cg_kwargs = dict(rtol=tolerance, atol=rounding, maxiter=iterations, M=precondition)
-        update, _ = cg(system, right_hand_side - system @ start, **cg_kwargs)
+        update, unconverged = cg(system, right_hand_side - system @ start, **cg_kwargs)
+        if unconverged:
+            warnings.warn(f"no convergence in {iterations} iterations: allow more", RuntimeWarning, stacklevel=2)
         solution[(..., *k)] = grid.slice(start + update)
     return solution * unit + offset

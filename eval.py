@@ -35,14 +35,14 @@ import time
 import timeit
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import PIL
 import scipy.cluster.vq
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import nn
@@ -93,7 +93,7 @@ def dsm(features, adjacency, config):
     eigenvectors are the top ones of `normalise(A)`.
     """
     # All eigenvectors: where a graph has many components its largest eigenvalue is multiple, and solvers for a few fail
-    _, vectors = torch.linalg.eigh(normalise(adjacency.double()))  # ascending
+    _, vectors = torch.linalg.eigh(normalise(adjacency.cpu().double()))  # ascending; some devices have no float64
     vectors = vectors[:, -config.clusters :].to(features)  # (N,K)
     return one_hot(vectors[:, 0] > 0, features, config) if config.clusters == 2 else kmeans(vectors, adjacency, config)
 
@@ -303,7 +303,7 @@ def bootstrap_interval(values, groups=None, seed=0, resamples=2000):
 
 # Images and masks on disk --------------------------------------------------------------------------------------
 
-MASK_SUFFIX = re.compile(r"_(segmentation|lesion|mask)$", re.IGNORECASE)
+MASK_SUFFIX = re.compile(r"_(segmentation|lesion|mask(_\d+)?)$", re.IGNORECASE)
 
 
 def files_below(folder):
@@ -326,7 +326,8 @@ def by_stem(paths, stems=None):
     for path in paths:
         stem = path.stem if stems is None or path.stem in stems else MASK_SUFFIX.sub("", path.stem)
         if stem in table:
-            raise ValueError(f"{path}: files are paired by name, but {table[stem]} has the same name; move one away")
+            raise ValueError(f"{path}: files are paired by name, and {table[stem]} has the same name: unite masks of "
+                             "several objects in one file, or move one away")  # fmt: skip
         table[stem] = path
     return table
 
@@ -348,11 +349,22 @@ def pair_files(images, masks):
     return pairs, [path for table in (image_of, mask_of) for stem, path in table.items() if stem not in pairs]
 
 
+def is_turned(path):
+    """Whether a file's EXIF orientation turns or mirrors the stored pixels; False for one that cannot be read."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    return False
+
+
+FEW = 16  # values that a mask of several classes may have; a soft rim has more
+
+
 def load_mask(path, shape):
     """Read a mask of two values: (height,width) bool, True for the brighter one.
 
     The values may be 0/1, 0/255, 16 bit, colours or a palette; transparency counts as black; EXIF turns the mask like
-    the image. Values in between are allowed as a soft rim. A JPEG or WebP file is thresholded at half of 255.
+    the image. A JPEG or WebP file is thresholded at half of its own maximum. More than 16 values, as of a soft rim, are
+    thresholded half-way between the two ends, if nine tenths of the pixels lie within a tenth of either end.
     Raises unsegmedgat.ImageError if it cannot be read, has other values, or differs in size from `shape`.
     """
     try:
@@ -361,54 +373,28 @@ def load_mask(path, shape):
                 raise ValueError(f"it holds {image.n_frames} frames")
             lossy = image.format in ("JPEG", "MPO", "WEBP")
             u.turn_upright(image)
-            image = u.flatten_transparency(image, "black")
-            image = image.convert("RGB") if image.mode in ("P", "CMYK") else image
-            values = np.atleast_3d(np.asarray(image).astype(float))  # (H,W,1) or (H,W,3)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            if image.mode in ("1", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+                image = image.convert("RGB").convert("L")
+            values = np.asarray(image, float)
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         raise u.ImageError(f"{path}: the mask cannot be read: {u.why_unreadable(error)}") from None
-    if values.shape[:2] != tuple(shape):
-        hint = ": was only one of them rotated?" if values.shape[:2] == tuple(shape)[::-1] else ""
+    if values.shape != tuple(shape):
+        hint = ": was only one of them rotated?" if values.shape == tuple(shape)[::-1] else ""
         (h, w), (height, width) = values.shape[:2], shape
         raise u.ImageError(f"{path}: the mask is {w} x {h}, the image {width} x {height} pixels{hint}")
     if not np.isfinite(values).all():
         raise u.ImageError(f"{path}: the mask has values that are not finite numbers: make it binary, 0 and 255")
-    if lossy:
-        if ((values > 32) & (values < 224)).any(2).mean() > 0.2:
-            raise u.ImageError(f"{path}: this is a picture, not a mask of two values: are images and masks swapped?")
-        return values.max(2) > 127.5
-    return brighter_of_two(values, path)
-
-
-RIM = 3  # px, how far the soft rim of a mask may reach: anti-aliasing, or resizing by a small factor
-FEW = 16  # values that a mask of several classes may have; a soft rim with noise has more
-
-
-def brighter_of_two(values, path):
-    """The pixels (height,width) bool of the brighter of two values, from values (height,width,1) or (height,width,3).
-
-    A soft rim between them is allowed, and for many values, noise of up to a tenth around them, as in a former JPEG.
-    Raises unsegmedgat.ImageError for anything else: classes, a void rim around the object, soft predictions.
-    """
-    if (values == values[..., :1]).all():  # grey
-        values = values[..., :1]
-    _, first, index = np.unique(values @ [1, 1e3, 1e6][: values.shape[2]], return_index=True, return_inverse=True)
-    colours, index = values.reshape(-1, values.shape[2])[first], index.reshape(values.shape[:2])
-    order = np.lexsort((colours.sum(1), colours.max(1)))  # by the brightest channel, then by all
-    low, high = colours[order[0]], colours[order[-1]]
-    if len(colours) == 1:
-        return np.full(index.shape, bool(high.max() > 0))
-    share = (colours - low) @ (high - low) / np.square(high - low).sum()  # 0 on the darker side, 1 on the brighter
-    mixed = np.abs(colours - low - share[:, None] * (high - low)).max(1) < 0.05 * np.abs(high - low).max()
-    noise = 0.1 if len(colours) > FEW else 0
-    dark, bright, near = (share <= noise)[index], (share >= 1 - noise)[index], np.ones((3, 3), bool)
-    between = ~dark & ~bright
-    rim = ndimage.binary_dilation(dark, near, RIM) & ndimage.binary_dilation(bright, near, RIM)
-    if not mixed.all() or (between & ~rim).sum() > 0.1 * between.sum():
-        names = ", ".join(",".join(f"{value:g}" for value in colour) for colour in colours[:5])
-        names += ", ..." if len(colours) > 5 else ""
-        raise u.ImageError(f"{path}: the mask has {len(colours)} values ({names}), not two: make it binary, the object "
+    levels = np.unique(values)
+    low, high = (0 if lossy else levels[0]), levels[-1]
+    share = (values - low) / max(high - low, 1e-12)  # 0 at the darker end, 1 at the brighter one
+    few = len(levels) <= FEW
+    if (few and len(levels) > 2 and not lossy) or (not few and (np.abs(share - 0.5) < 0.4).mean() > 0.1):
+        names = ", ".join(f"{level:g}" for level in levels[:5]) + (", ..." if len(levels) > 5 else "")
+        raise u.ImageError(f"{path}: the mask has {len(levels)} values ({names}), not two: make it binary, the object "
                            "255 and all else 0")  # fmt: skip
-    return (share > 0.5)[index]
+    return share > 0.5 if low < high else np.full(values.shape, bool(high > 0))
 
 
 def inner_point(mask):
@@ -462,7 +448,7 @@ class EvalImage:
 
     def __init__(self, stem, paths, run):
         self.stem, self.paths, self.run = stem, paths, run
-        self.rgb, self.scored, self.prompt, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
+        self.photo, self.scored, self.prompt, self.backbone = u.load_image(paths[0]), np.s_[:, :], None, run.backbone
         protocol, noise = run.args.protocol, run.args.oracle_features
         seed = [run.config.seed, zlib.crc32(os.fsencode(stem))]
         # Here a protocol passes part of the ground truth to a method, and the table's heading says so. In the official
@@ -481,13 +467,15 @@ class EvalImage:
                 self.prompt = inexact(prompt, run.args.loosen, run.args.jitter, self.truth.shape, seed)
         if noise is not None:
             self.backbone = oracle_backbone(self.squash(self.truth[self.scored], Image.NEAREST), noise, seed)
-        self.crop = self.rgb[self.scored]
+        self.crop = self.photo[self.scored]
         self.trivial = trivial_baselines(protocol, self.crop.shape[:2], self.prompt)
 
     @functools.cached_property
     def truth(self):
         """(height,width) bool. It is read on first use: in the blind protocol after the masks have been made."""
-        return load_mask(self.paths[1], self.rgb.shape[:2])
+        if is_turned(self.paths[0]) and not is_turned(self.paths[1]):
+            log.warning("%s: EXIF turns the image and not the mask, which must be drawn on the turned image", self.paths[1])
+        return load_mask(self.paths[1], self.photo.shape[:2])
 
     def squash(self, array, method):
         """An image or mask resized to a square if the run asks for it, as in the authors' code."""
@@ -497,8 +485,8 @@ class EvalImage:
     def nodes(self):
         """What `extract_nodes` returns for the part that is scored."""
         prompts = {name: self.prompt for name in ("point", "box") if name == self.run.args.protocol}
-        rgb = self.squash(self.crop, Image.BILINEAR)
-        return u.extract_nodes(rgb, self.run.config, self.backbone, self.run.device, **prompts)
+        photo = self.squash(self.crop, Image.BILINEAR)
+        return u.extract_nodes(photo, self.run.config, self.backbone, self.run.device, **prompts)
 
     @functools.cached_property
     def graph(self):
@@ -514,15 +502,14 @@ class EvalImage:
         if row in self.run.predictions:
             if self.stem not in predictions:
                 raise u.ImageError(f"there is no prediction named {self.stem}")
-            mask = load_mask(predictions[self.stem], self.rgb.shape[:2])[self.scored]
+            mask = load_mask(predictions[self.stem], self.photo.shape[:2])[self.scored]
         else:
             view, features, node_weights, adjacency = self.graph
             if row == LOCATED:
                 assignment = one_hot(view.inside_ellipse().flatten(), features, config)
             else:
                 assignment = self.run.methods[row](features, adjacency, config)
-            size = (config.size,) * 2 if self.run.args.squash else self.crop.shape[:2]
-            maps = u.make_mask(view, assignment, adjacency, node_weights, config, size)
+            maps = u.make_mask(view, assignment, adjacency, node_weights, config)
             mask = np.asarray(Image.fromarray(maps["mask"]).resize(self.crop.shape[1::-1], Image.NEAREST))
         return [mask, ~mask] if self.run.args.protocol == "official" else [mask]
 
@@ -651,7 +638,7 @@ def contact_sheet(pairs, scores, row, run, columns=4):
     tiles = []
     for number, stem in enumerate(chosen):
         image = EvalImage(stem, pairs[stem], run)
-        truth, drawn = image.truth[image.scored], image.crop.copy()
+        truth, drawn = image.truth[image.scored], image.crop[..., :3].copy()
         mask = max(image.masks(row), key=lambda mask: metrics(mask, truth)["iou"])
         for area, colour in ((truth, (255, 220, 0)), (mask, (0, 200, 255))):
             u.draw_contour(drawn, area, colour, max(1, max(area.shape) // side))
@@ -818,9 +805,10 @@ def print_report(run, summary, count, groups):
     u.print_line(f"Backbone: {run.backbone.name}. Seed {config.seed}. "
                  f"Settings: {', '.join([args.preset or 'default', *texts])}.\n")  # fmt: skip
     u.print_line(markdown(summary, args.reference))
-    u.print_line(f"\nIn %; HD95 in % of the diagonal; NSD at a tolerance of {args.tolerance}"
-                 f"{' of the diagonal' if args.tolerance.endswith('%') else ''}; 95 % bootstrap intervals in brackets. "
-                 "A failed image counts as 0 (HD95: 100).")  # fmt: skip
+    u.print_line(f"\nIn %; 95 % bootstrap intervals in brackets. HD95, in % of the diagonal, is one percentile of the "
+                 "distances of both borders, pooled, as in MedPy (MONAI takes the larger of two). NSD, the surface Dice at a "
+                 f"tolerance of {args.tolerance}{' of the diagonal' if args.tolerance.endswith('%') else ''}, counts border "
+                 "pixels without weights, as MONAI. A failed image counts as 0 (HD95: 100).")  # fmt: skip
     if args.reference:
         u.print_line("Published: Table I of the paper, DINO features and the official protocol on the whole data set.")
 
@@ -869,8 +857,9 @@ def run_evaluation(args):
     summary = summarise(scores, list(pairs), rows, labels, config.seed)
     print_report(run, summary, len(pairs), len(set(labels or ())))
     if args.json:
-        packages = ("torch", "torchvision", "numpy", "scipy", "pillow")
-        versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+        packages = {"torch": torch, "numpy": np, "scipy": scipy, "pillow": PIL}
+        versions = {name: package.__version__ for name, package in packages.items()}
+        versions["python"] = platform.python_version()
         header = {"images": len(pairs), "preset": args.preset, "limit": args.limit, "settings": score_settings(run)}
         with u.atomic_write(args.json) as part:
             part.write_text(json.dumps(header | {"versions": versions, "rows": summary}, indent=1) + "\n")
@@ -920,7 +909,7 @@ def bench_graph(n, device):
     fitted = u.fit(features, adjacency, config)
 
     def mask():
-        return u.make_mask(view, fitted.assignment, adjacency, node_weights, config, rgb.shape[:2])
+        return u.make_mask(view, fitted.assignment, adjacency, node_weights, config)
 
     column = {
         "N": n,

@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy import ndimage
 from scipy.special import logit
 from torch import distributed, nn
@@ -107,8 +107,7 @@ class Config:
     fade_radii: float = hyperparameter(1.4, "distance from the object's centre, in radii, beyond which node weights "
                                        "fade; 0 disables", "ours; paper: 0")  # fmt: skip
     similarity_weight: float = hyperparameter(16.0, "weight of a patch's mean similarity to object and background in "
-                                              "its final log-odds; 0 keeps the network's assignment, and the solver "
-                                              "then trusts all pixels alike", "ours; paper: 0", high=1000)  # fmt: skip
+                                              "its final log-odds; 0 keeps the network's assignment", "ours; paper: 0", high=1000)  # fmt: skip
     mask_blur: float = hyperparameter(3.0, "px of the resized image, standard deviation of a blur that smooths the "
                                       "outline", "ours; paper: 0", high=100)  # fmt: skip
     invert: bool = hyperparameter(False, "swap foreground and background", "ours")
@@ -518,14 +517,6 @@ def turn_upright(image):
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def flatten_transparency(image, background):
-    """A PIL image laid on a background colour, as RGB, if it has transparency; else unchanged."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image
-
-
 def why_unreadable(error):
     """What to tell the user about an exception that Pillow raised while opening or decoding a file."""
     if isinstance(error, UnidentifiedImageError):
@@ -535,17 +526,19 @@ def why_unreadable(error):
 
 
 def load_image(source):
-    """Read any still image as RGB: uint8 (height,width,3), turned upright by its EXIF orientation.
+    """Read any still image as RGBA: uint8 (height,width,4), turned upright by its EXIF orientation.
 
     source: a path, a PIL image, or a uint8 array (height,width) or (height,width,3). Grey images of more than 8 bits
-    are scaled by their own range. Transparency is laid on white.
-    Raises ImageError for anything that is not one still image.
+    are scaled by their 0.1 and 99.9 percentiles. Alpha is 255 or, for pixels more than half transparent, 0; these get
+    the mean colour of the others.
+    Raises ImageError for anything that is not one still image, and for one that is transparent everywhere.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
             raise ImageError(f"an array must be uint8, (height,width[,3]), got {source.dtype} {source.shape}")
         source = Image.fromarray(source)
     try:
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some ICC profiles exceed Pillow's 1 MiB
         image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
@@ -555,18 +548,24 @@ def load_image(source):
         turn_upright(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-            grey = (grey - grey.min()) * (255 / max(np.ptp(grey), 1e-12))
-            image = Image.fromarray(np.rint(grey).astype(np.uint8))
-        rgb = np.array(flatten_transparency(image, "white").convert("RGB"))
+            low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
+            grey = (grey - low) * (255 / max(high - low, 1e-12))
+            image = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
+        rgba = np.array(image.convert("RGBA"))
     except ImageError:
         raise
     except Image.DecompressionBombError:
         raise ImageError("it would decode to far too many pixels: scale it down first") from None
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         raise ImageError(why_unreadable(error)) from None
-    if min(rgb.shape[:2]) < PATCH:
-        raise ImageError(f"{rgb.shape[1]} x {rgb.shape[0]} pixels are too few: each side needs at least {PATCH}")
-    return rgb
+    if min(rgba.shape[:2]) < PATCH:
+        raise ImageError(f"{rgba.shape[1]} x {rgba.shape[0]} pixels are too few: each side needs at least {PATCH}")
+    opaque = rgba[..., 3] >= 128
+    if not opaque.any():
+        raise ImageError("it is transparent everywhere")
+    rgba[..., 3] = opaque * 255
+    rgba[~opaque, :3] = rgba[opaque, :3].mean(0)
+    return rgba
 
 
 def patch_grid(sides, stride):
@@ -574,15 +573,18 @@ def patch_grid(sides, stride):
     return tuple((side - PATCH) // stride + 1 for side in sides)
 
 
-def resize_image(rgb, size, stride=PATCH):
-    """Resize (height,width,3) uint8 to a shorter side of about `size` px: (3,s,t) in [0,1], s and t multiples of 8."""
-    height, width = rgb.shape[:2]
-    scale = size / min(height, width)
-    s, t = (round(side * scale / PATCH) * PATCH for side in (height, width))
+def resize_image(pixels, size, stride=PATCH):
+    """Resize (height,width,C) uint8 to a shorter side of about `size` px, or a longer side of 4 `size` if that is less.
+
+    Returns (C,s,t) in [0,1], s and t multiples of 8.
+    """
+    height, width = pixels.shape[:2]
+    scale = min(size / min(height, width), 4 * size / max(height, width))
+    s, t = (max(1, round(side * scale / PATCH)) * PATCH for side in (height, width))
     nodes = math.prod(patch_grid((s, t), stride))
     if nodes > MAX_NODES:
         raise ImageError(f"{width} x {height} pixels make {nodes:,} patches, over {MAX_NODES:,}: use a smaller size")
-    image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     image = F.interpolate(image, size=(s, t), mode="bilinear", antialias=True, align_corners=False)
     return (image[0] / 255).clamp(0, 1)
 
@@ -607,6 +609,7 @@ class View:
     crop: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: the part that the image shows
     field_of_view: torch.Tensor  # (s/8,t/8), 1 for the cells of 8 px that can be object, else 0
     search_area: tuple  # (y0, x0, y1, x1) px of the image: the user's box, or the whole image
+    opaque: np.ndarray  # (height,width) bool, the pixels of the photograph that are not transparent
     ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes: the object's rough location
     prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for the image alone
 
@@ -652,35 +655,36 @@ def rgb_to_lab(image):
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def border_components(cells, min_distance, max_share):
+def border_components(cells, min_distance):
     """The connected components of cells (h,w) bool that touch the image's border, as a mask (h,w) bool.
 
-    min_distance: only those whose mean distance from the middle is larger; 1 is the border. max_share: only those that
-    cover a smaller share of the image.
+    min_distance: only those whose mean distance from the middle is larger; 1 is the border. Components that cover
+    over 90 % of the image are left out.
     """
     y, x = position_in((0, 0, *cells.shape), *cells.shape)
     distance = torch.maximum(y.abs(), x.abs()).numpy()
     labels, _ = ndimage.label(cells)
     touching = set(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])) - {0}
-    kept = [n for n in touching if distance[labels == n].mean() > min_distance and (labels == n).mean() < max_share]
+    kept = [n for n in touching if distance[labels == n].mean() > min_distance and (labels == n).mean() < 0.9]
     return np.isin(labels, kept)
 
 
 def find_field_of_view(image):
     """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
 
-    The dark frame of an endoscope or dermatoscope is excluded; components of another hue that touch the border, stay
-    near it and are not large, such as stickers and rulers; and violet ink anywhere: tissue that is redder than its
-    surroundings is also yellower, as melanin and blood both absorb blue.
+    The dark frame of an endoscope or dermatoscope is excluded, and components of another hue than the middle of the
+    image that touch the border and stay near it, such as stickers, rulers and drapes.
     """
     brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
     h, w = brightness.shape
-    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0, 0.5)
-    a, b = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH // 2).numpy()  # half a cell, as pen strokes are thin
-    light = np.kron(~dark, np.ones((2, 2), bool))
-    a, b = a - np.median(a[light]), b - np.median(b[light])
-    other_hue, ink = (mask.reshape(h, 2, w, 2).any((1, 3)) for mask in (np.hypot(a, b) > 36, (a > 0) & (a - b > 25)))
-    return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6, 0.35) | ink)).float()
+    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0)
+    hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
+    middle = np.zeros((h, w), bool)
+    middle[h // 4 : h - h // 4, w // 4 : w - w // 4] = True
+    usual = np.median(hue[:, middle & ~dark if (middle & ~dark).any() else middle], axis=1)
+    other_hue = np.hypot(*(hue - usual[:, None, None])) > 36
+    other_hue = border_components(other_hue & ~dark, 0.6)
+    return torch.from_numpy(~(dark | other_hue)).float()
 
 
 def check_prompt(name, prompt, height, width):
@@ -698,27 +702,33 @@ def check_prompt(name, prompt, height, width):
     raise ValueError(f"the {name} must be {numbers} inside the image, {width} x {height}; got {one_line(prompt)}")
 
 
-def view_photograph(rgb, config, box=None):
-    """The View of a photograph (height,width,3) uint8, or of the surroundings of a box (x0, y0, x1, y1) in it."""
-    height, width = rgb.shape[:2]
-    if not box:
-        image = resize_image(rgb, config.size, config.stride)
-        return View(image, config.stride, (0, 0, height, width), find_field_of_view(image), (0, 0, *image.shape[1:]))
-    x0, y0, x1, y1 = box
-    centre, half = ((y0 + y1) / 2, (x0 + x1) / 2), ((y1 - y0) / 2, (x1 - x0) / 2)
-    reach = [max(side + BOX_MARGIN, 1.6 * side, max(half) / 2) for side in half]  # a narrow strip has too many patches
-    top, left = (max(0, round(at - by)) for at, by in zip(centre, reach))
-    bottom, right = (min(end, round(at + by)) for end, at, by in zip((height, width), centre, reach))
-    image = resize_image(rgb[top:bottom, left:right], config.size, config.stride)
+def view_photograph(photo, config, box=None):
+    """The View of a photograph (height,width,3 or 4) uint8, or of the surroundings of a box (x0, y0, x1, y1) in it."""
+    height, width = photo.shape[:2]
+    image, (top, left, bottom, right) = resize_image(photo, config.size, config.stride), (0, 0, height, width)
+    cells = image.shape[1] // PATCH, image.shape[2] // PATCH
+    field_of_view = find_field_of_view(image[:3])  # of the whole photograph
+    x0, y0, x1, y1 = box or (0, 0, width, height)
+    if box:
+        reach = [max(side / 2 + BOX_MARGIN, 0.8 * side) for side in (y1 - y0, x1 - x0)]
+        top, left = (max(0, round(at - by)) for at, by in zip(((y0 + y1) / 2, (x0 + x1) / 2), reach))
+        bottom, right = (min(end, round(at + by))
+                         for end, at, by in zip((height, width), ((y0 + y1) / 2, (x0 + x1) / 2), reach))  # fmt: skip
+        image = resize_image(photo[top:bottom, left:right], config.size, config.stride)
     _, s, t = image.shape
-
-    field_of_view = find_field_of_view(resize_image(rgb, config.size))  # of the whole photograph, then of these cells
-    rows = np.linspace(top, bottom, 2 * (s // PATCH) + 1)[1::2] * len(field_of_view) / height
-    columns = np.linspace(left, right, 2 * (t // PATCH) + 1)[1::2] * field_of_view.shape[1] / width
-    field_of_view = field_of_view[rows.astype(int)][:, columns.astype(int)]
+    rows = np.linspace(top, bottom, s // PATCH + 1) * cells[0] / height  # of the sides of the cells, from 0 to `cells`
+    columns = np.linspace(left, right, t // PATCH + 1) * cells[1] / width
+    field_of_view = field_of_view[((rows[1:] + rows[:-1]) / 2).astype(int)][:, ((columns[1:] + columns[:-1]) / 2).astype(int)]
     sy, sx = s / (bottom - top), t / (right - left)
     search_area = (y0 - top) * sy, (x0 - left) * sx, (y1 - top) * sy, (x1 - left) * sx
-    return View(image, config.stride, (top, left, bottom, right), field_of_view, search_area)
+    if box:  # what lies in it is never excluded
+        first_row, first_column = int(search_area[0] // PATCH), int(search_area[1] // PATCH)
+        field_of_view[first_row : math.ceil(search_area[2] / PATCH), first_column : math.ceil(search_area[3] / PATCH)] = 1
+    opaque = np.ones((height, width), bool)
+    if photo.shape[2] == 4:
+        opaque = photo[..., 3] > 0
+        field_of_view *= (F.avg_pool2d(image[3:], PATCH)[0] > 0.5).float()
+    return View(image[:3], config.stride, (top, left, bottom, right), field_of_view, search_area, opaque)
 
 
 # Features: the keys of DINO's last block -----------------------------------------------------------------------
@@ -918,6 +928,7 @@ def load_backbone_file(path):
     spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for dataclasses in it
+    sys.path.append(str(path.parent.resolve()))  # for modules beside it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever is wrong in it
@@ -986,6 +997,9 @@ DISC_RADII = np.geomspace(0.07, 0.65, 16)  # in shorter sides of the search area
 SIZE_EXPONENT, POINT_SIZE_EXPONENT = 0.6, 0.2  # a disc's score grows with its radius, less so where a point is given
 POINT_SIGMA = 0.35  # radii, how far the point may be from the centre of its disc
 RIM_SHARE, DISTINCT = 0.2, 1.0  # see `box_is_tight`
+# Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii,
+# to -L at 2 r. An object nearly fills a tight box; a disc is smaller than its object, less so at a point. Tuned.
+POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 
 
 def pca(features, components):
@@ -1027,17 +1041,15 @@ def disc_contrasts(values, field_of_view, background, radii):
     """
     h, w = field_of_view.shape
     common = (values * background).sum((1, 2)) / background.sum().clamp(min=1e-6)
-    padded = 2 * h, 2 * w  # the convolutions by FFT are cyclic
     layers = torch.cat([values, torch.ones(1, h, w)]) * field_of_view  # (C+1,h,w), the last one counts cells
-    layers = torch.fft.rfft2(layers, s=padded)[:, None]
-    distance = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(n, 1 / n) for n in padded), indexing="ij"))
     to_ring, to_background = [], []
     for radius in radii:
-        disc = (distance <= radius).float()  # centred at (0,0)
+        reach = int(1.4 * radius + 0.7)  # of the ring
+        distance = torch.hypot(*torch.meshgrid([torch.arange(-reach, reach + 1.0)] * 2, indexing="ij"))
+        disc = (distance <= radius).float()
         ring = (distance <= 1.4 * radius + 0.7).float() - disc
-        sums = torch.fft.irfft2(layers * torch.fft.rfft2(torch.stack([disc, ring])), s=padded)
-        sums = sums[..., :h, :w]  # (C+1,2,h,w)
-        count = sums[-1].round()
+        sums = F.conv2d(layers[:, None], torch.stack([disc, ring])[:, None], padding=reach)  # (C+1,2,h,w)
+        count = sums[-1]
         means = sums[:-1] / count.clamp(min=1)
         visible = count / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # a tiny grid has no ring
         to_ring.append((means[:, 0] - means[:, 1]).norm(dim=0) * visible[0] * visible[1].sqrt())
@@ -1124,12 +1136,20 @@ def locate_object(view, deep, lab, config, box=None, point=None):
         y0, x0, y1, x1 = view.search_area
         ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
         return dataclasses.replace(view, ellipse=ellipse, prompt="box")
+    searched = view.field_of_view
     if point:
         top, left, bottom, right = view.crop
         point = (point[1] + 0.5) * h / (bottom - top) - 0.5, (point[0] + 0.5) * w / (right - left) - 0.5
-    row, column, radius = find_disc(maps, view.field_of_view, area, point)
+        at = min(max(round(point[0]), 0), h - 1), min(max(round(point[1]), 0), w - 1)
+        searched = searched if searched[at] else torch.ones(h, w)  # what the user points at is no frame
+    row, column, radius = find_disc(maps, searched, area, point)
     ellipse = PATCH * (row + 0.5), PATCH * (column + 0.5), PATCH * radius, PATCH * radius
-    return dataclasses.replace(view, ellipse=ellipse, prompt="point" if point else "")
+    view = dataclasses.replace(view, ellipse=ellipse)
+    if point:
+        distance = torch.hypot(torch.arange(float(h))[:, None] - row, torch.arange(float(w)) - column) / radius
+        near = (distance <= POSITION_PRIOR["point"][1]).float()  # the object is larger than the disc
+        view = dataclasses.replace(view, prompt="point", field_of_view=torch.maximum(view.field_of_view, near))
+    return view
 
 
 def weigh_nodes(view, fade_radii):
@@ -1141,16 +1161,16 @@ def weigh_nodes(view, fade_radii):
 
 
 @standard_torch()
-def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
+def extract_nodes(photo, config, backbone, device="cpu", box=None, point=None):
     """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), node weights (N,).
 
-    rgb: (height,width,3) uint8. box, point: as in `segment`.
+    photo: (height,width,3) uint8, or (height,width,4) from `load_image`. box, point: as in `segment`.
     Raises ValueError for a box or point that cannot be used, or both, and for a backbone that fails.
     """
     if box is not None and point is not None:
         raise ValueError("a box and a point are given: give one of them")
-    box, point = check_prompt("box", box, *rgb.shape[:2]), check_prompt("point", point, *rgb.shape[:2])
-    view = view_photograph(rgb, config, box)
+    box, point = check_prompt("box", box, *photo.shape[:2]), check_prompt("point", point, *photo.shape[:2])
+    view = view_photograph(photo, config, box)
     deep = None if config.colour == 1 else extract_features(backbone, view, device)
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
     view = locate_object(view, deep, lab, config, box, point)
@@ -1161,11 +1181,6 @@ def extract_nodes(rgb, config, backbone, device="cpu", box=None, point=None):
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
-
-# Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii,
-# to -L at 2 r. An object nearly fills a tight box; a disc is smaller than its object, less so at a point. Tuned.
-POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
-
 
 def order_clusters(view, assignment, node_weights):
     """The clusters in order from background to object: the assignment (N,K), and the number of background clusters.
@@ -1187,8 +1202,7 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     It is the sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is
     judged again, as modularity assigns patches between two clusters to the smaller one with full confidence. Its
     log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to the foreground /
-    to the background); the second term is dropped if it contradicts the patch's cluster. Nodes of weight 0, which have
-    no edges, are background.
+    to the background). Nodes of weight 0, which have no edges, are background.
     """
     foreground = assignment[:, n_background:].sum(1)
     if config.similarity_weight and n_background < config.clusters:
@@ -1198,7 +1212,6 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
         mean_similarity = mean_similarity / (node_weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1]
         logs = mean_similarity.clamp(min=0.01).log()  # smaller similarities are noise
         log_odds = config.similarity_weight * (logs[:, 0] - logs[:, 1])
-        log_odds = torch.where(log_odds * (foreground - 0.5) > 0, log_odds, 0)
         strength, radius = POSITION_PRIOR[view.prompt]
         prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
         foreground = torch.sigmoid(log_odds + prior.to(log_odds))
@@ -1226,8 +1239,8 @@ def clean_mask(mask, keep_components):
     return mask
 
 
-def make_mask(view, assignment, adjacency, node_weights, config, size):
-    """The clusters of the patches, assignment (N,K), as maps over the photograph of `size` (height,width).
+def make_mask(view, assignment, adjacency, node_weights, config):
+    """The clusters of the patches, assignment (N,K), as maps over the photograph.
 
     Returns a dictionary: the mask, probability and labels of a Segmentation, and the ordered assignment.
     """
@@ -1245,9 +1258,11 @@ def make_mask(view, assignment, adjacency, node_weights, config, size):
     sy, sx = shown[0] / view.image.shape[1], shown[1] / view.image.shape[2]
     top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, (sy, sx, sy, sx)))
 
+    size = view.opaque.shape
     probability, labels = np.zeros(size, np.float32), np.zeros(size, np.uint8)  # 0 outside the search area
     probability[y0:y1, x0:x1][top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
-    mask = clean_mask(probability > 0.5, config.keep_components)
+    probability *= view.opaque
+    mask = clean_mask(probability > 0.5, config.keep_components) & view.opaque
     # The most likely cluster: of the foreground clusters inside the mask, of the others outside
     allowed = (np.arange(config.clusters) >= n_background)[:, None, None] == mask[y0:y1, x0:x1]
     labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
@@ -1280,6 +1295,16 @@ class Segmentation:
     seconds: dict  # wall-clock time of each stage
 
 
+def why_empty(view, fitted):
+    """Why the mask of a View and its Fit is empty: a text."""
+    excluded = 1 - view.field_of_view.mean().item()
+    if excluded == 1:
+        return "all of the image is taken for a dark frame, for a sticker, or transparent"
+    if not fitted.has_communities:
+        return f"no communities were found in {len(fitted.losses)} epochs"
+    return f"nothing is more likely object than background; {excluded:.0%} of the image is excluded as frame or sticker"
+
+
 @standard_torch()
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
             device="auto", shared=None, progress=False):  # fmt: skip
@@ -1300,20 +1325,20 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, weights, branch, device, progress)
     clock = [time.perf_counter()]
-    rgb = load_image(image)
+    photo = load_image(image)
     clock.append(time.perf_counter())
-    view, features, node_weights = extract_nodes(rgb, config, backbone, device, box, point)
+    view, features, node_weights = extract_nodes(photo, config, backbone, device, box, point)
     clock.append(time.perf_counter())
     adjacency = build_graph(features, config.tau, node_weights)
     fitted = fit(features, adjacency, config, shared)
-    if not fitted.has_communities:
+    clock.append(time.perf_counter())
+    maps = make_mask(view, fitted.assignment, adjacency, node_weights, config)
+    clock.append(time.perf_counter())
+    if not maps["mask"].any():
         name = image if isinstance(image, (str, Path)) else "the image"
-        log.warning("%s: no communities were found in %d epochs, so the mask is empty", name, len(fitted.losses))
-    clock.append(time.perf_counter())
-    maps = make_mask(view, fitted.assignment, adjacency, node_weights, config, rgb.shape[:2])
-    clock.append(time.perf_counter())
+        log.warning("%s: the mask is empty: %s", name, why_empty(view, fitted))
     seconds = dict(zip(("read", "features", "fit", "mask"), np.diff(clock).tolist()))
-    return Segmentation(image=rgb, **maps, view=view, features=features, node_weights=node_weights,
+    return Segmentation(image=photo[..., :3], **maps, view=view, features=features, node_weights=node_weights,
                         network=fitted.network, modularity=fitted.modularity, losses=fitted.losses,
                         backbone=backbone.name, seconds=seconds)  # fmt: skip
 
@@ -1417,6 +1442,11 @@ def parse_ints(text):
     return tuple(int(number) for number in text.split(","))
 
 
+def parse_numbers(text):
+    """A text such as 1,2.5,3 as a tuple of numbers."""
+    return tuple(float(number) for number in text.split(","))
+
+
 def add_config_flags(parser):
     """Add a flag for every field of Config, with its help, choices and default."""
     group = parser.add_argument_group("hyper-parameters (source of the default in brackets)")
@@ -1456,8 +1486,8 @@ def build_parser():
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
     add_prompt = parser.add_mutually_exclusive_group().add_argument
-    add_prompt("--point", type=parse_ints, action="append", metavar="X,Y", help="px, near the middle of the object")
-    add_prompt("--box", type=parse_ints, action="append", metavar="X0,Y0,X1,Y1",
+    add_prompt("--point", type=parse_numbers, action="append", metavar="X,Y", help="px, near the middle of the object")
+    add_prompt("--box", type=parse_numbers, action="append", metavar="X0,Y0,X1,Y1",
                help="px, a rectangle around the object, tight or loose; the rest is background")  # fmt: skip
     for kind, (what, _) in OUTPUTS.items():
         if what:
@@ -1482,7 +1512,7 @@ def parse_args(parser, argv=None, presets=PRESETS):
 
 def is_image(path):
     """Whether a file is taken for an image, by its name."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def list_images(folder):
@@ -1508,8 +1538,9 @@ def plan_outputs(args):
         raise ValueError(f"{output}: holds input images; choose another folder for the masks")
     for path in args.images:
         images += list_images(path) if path.is_dir() else [path]
+    images = [*{os.path.abspath(path): path for path in reversed(images)}.values()][::-1]  # each once
     single = output.suffix.lower() == ".png" and not output.is_dir()
-    if single and images != args.images[:1]:
+    if single and (len(images) > 1 or args.images[0].is_dir()):
         raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
     if not single and not output.is_dir() and (output.suffix or output.exists()):
         raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
@@ -1598,14 +1629,14 @@ def backbone_from_args(args, device):
 
 
 def prompts_from_args(args):
-    """{"box": four integers or None, "point": two or None}. Raises ValueError for another number of them."""
+    """{"box": four numbers or None, "point": two or None}. Raises ValueError for another number of them."""
     prompts = {}
     for name, count in ("box", 4), ("point", 2):
         given = getattr(args, name) or [None]
         if len(given) > 1:
             raise ValueError(f"--{name} is given {len(given)} times, but one object is segmented: give it once")
         if given[0] and len(given[0]) != count:
-            raise ValueError(f"--{name} needs {count} integers with commas between")
+            raise ValueError(f"--{name} needs {count} numbers with commas between")
         prompts[name] = given[0]
     return prompts
 
@@ -1725,7 +1756,7 @@ def run_program(program, advice):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
         with contextlib.ExitStack() as stack:
-            if "LOCAL_RANK" in os.environ:  # under torchrun the processes share the images, see `rank_and_world`
+            if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # under torchrun the processes share the images, see `rank_and_world`
                 if torch.cuda.is_available():
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
                 # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
