@@ -7,13 +7,14 @@ optimised on that image alone, without labels, until the clusters that it assign
     python unsegmedgat.py image.png -o mask.png                        # one photograph
     python unsegmedgat.py image.png -o mask.png --point 210,160        # with a point inside the object
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with overlays to look at
-    torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # a data set, on several cores, GPUs or machines
+    torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # the same on several cores, GPUs or machines
 
 The first part of the file is section II of the paper, equations (1) to (8) in their order, and section III's collective
 phase. The second part leads from a photograph to a mask. Where a default differs from the paper, `Config` says so.
 
 Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
-image is (3,s,t), with the paper's s and t; a photograph is (height,width,3).
+image is (3,s,t), with the paper's s and t; a photograph is (height,width,3), or with an alpha channel (height,width,4).
+Inside the program coordinates are (y, x); only the user's box and point begin with x.
 """
 
 import argparse
@@ -23,20 +24,14 @@ import functools
 import importlib.util
 import logging
 import math
-import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import sys
 import threading
 import time
 import uuid
 import warnings
-import zipfile
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
@@ -44,11 +39,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from scipy import ndimage
 from scipy.special import logit
 from torch import distributed, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import bilateral
 
@@ -60,10 +55,10 @@ PATCH = 8  # px, the side of a patch: ViT-S/8
 # Hyper-parameters ----------------------------------------------------------------------------------------------
 
 
-def hyperparameter(default, help, source, low=0, high=sys.float_info.max, choices=None):
+def hyperparameter(default, help, source, low=0, high=1e9, choices=None):
     """A field of Config: its default, its help text, the source of the default, and its range or its choices."""
-    limits = {"low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "source": source, **limits})
+    metadata = {"help": help, "source": source, "range": (low, high), "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
@@ -75,60 +70,47 @@ class Config:
 
     # From the paper
     tau: float = hyperparameter(0.3, "similarities up to tau give no edge, eq. (1)", "paper, III", 1e-9, 1 - 1e-9)
-    widths: tuple[int, ...] = hyperparameter((128, 64), "m_r, the width of each series of GAT layers", "paper, III")
+    widths: tuple[int, ...] = hyperparameter((128, 64), "m_r, width of each series of GAT layers", "paper, III", low=1)
     layers: int = hyperparameter(2, "t_r, the number of GAT layers in each series", "paper, III", low=1)
     fc_dim: int = hyperparameter(64, "M, the width in which the series are summed, eq. (5)", "paper, III", low=1)
-    clusters: int = hyperparameter(2, "K; above 2 the mask is the union of the foreground clusters", "paper", 2, 255)
+    clusters: int = hyperparameter(2, "K; above 2 the mask is the union of the foreground clusters", "paper", 2, 8)
     activation: str = hyperparameter("silu", "non-linearity of eq. (3)", "paper, III", choices=tuple(ACTIVATIONS))
     epochs: int = hyperparameter(60, "largest number of optimiser steps for an image", "paper, III; ISIC: 300", low=1)
     lr: float = hyperparameter(1e-3, "learning rate of AdamW", "paper, III", low=1e-9)
     weight_decay: float = hyperparameter(1e-2, "weight decay of AdamW", "paper: decay factor; authors' code: AdamW")
-    shared_epochs: int = hyperparameter(0, "T0, how many of the epochs train parameters that all images share "
-                                        "(UnSegMedGATc)", "paper: 5 of 10 for ISIC, 15 of 70 for ColonDB")  # fmt: skip
+    shared_epochs: int = hyperparameter(0, "T0, how many epochs train shared parameters: UnSegMedGATc", "paper: 5, 15")
     refine: bool = hyperparameter(True, "refine the mask with the fast bilateral solver", "paper, Fig. 1")
 
     # From the authors' code, where the paper gives no value
-    size: int = hyperparameter(224, "px of the resized image's shorter side, rounded to a multiple of 8",
-                               "authors' code", low=2 * PATCH)  # fmt: skip
+    size: int = hyperparameter(224, "px, shorter side of the resized image", "authors' code", low=2 * PATCH)
     bilateral_lambda: float = hyperparameter(256.0, "lambda, the bilateral solver's smoothness weight", "authors' code")
     keep_components: int = hyperparameter(1, "how many of the largest regions to keep; 0 keeps all", "authors' code")
 
     # Ours
     stride: int = hyperparameter(8, "px between patches; at 4 or 2 they overlap", "ours; authors: 4", choices=(8, 4, 2))
-    colour: float = hyperparameter(0.7, "weight of the colour in a patch's feature, beside the backbone's; 0: backbone "
-                                   "alone, 1: colour alone", "ours; paper: 0", high=1)  # fmt: skip
-    heads: int = hyperparameter(4, "Z, attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
+    colour: float = hyperparameter(0.7, "weight of the colour beside the backbone's features", "ours; paper: 0", high=1)
+    heads: int = hyperparameter(2, "Z, attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
     residual: bool = hyperparameter(True, "add the node's own W h to what eq. (3) aggregates", "ours; paper: no")
-    early_stop: float = hyperparameter(0.01, "stop when the last 3 epochs bring less than this fraction of the "
-                                       "improvement so far; 0 disables", "ours; paper: 0")  # fmt: skip
-    resolution: float = hyperparameter(1.0, "gamma, the modularity's resolution", "ours; paper: 1; authors: 0.5")
-    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term, which asks for clusters of "
-                                            "equal size", "ours; paper: 1")  # fmt: skip
+    early_stop: float = hyperparameter(0.01, "stop when 3 epochs bring less than this fraction of the improvement so "
+                                       "far; 0 disables", "ours; paper: 0")  # fmt: skip
+    resolution: float = hyperparameter(1.0, "gamma, the modularity's resolution", "paper; authors: 0.5")
+    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term, which asks for clusters of equal "
+                                            "size", "ours; paper: 1")  # fmt: skip
     fade_radii: float = hyperparameter(1.4, "distance from the object's centre, in radii, beyond which node weights "
                                        "fade; 0 disables", "ours; paper: 0")  # fmt: skip
     similarity_weight: float = hyperparameter(16.0, "weight of a patch's mean similarity to object and background in "
-                                              "its final log-odds; 0 keeps the network's assignment", "ours; paper: 0", high=1000)  # fmt: skip
-    mask_blur: float = hyperparameter(3.0, "px of the resized image, standard deviation of a blur that smooths the "
-                                      "outline", "ours; paper: 0", high=100)  # fmt: skip
-    invert: bool = hyperparameter(False, "swap foreground and background", "ours")
+                                              "its final log-odds; 0 keeps the clusters", "ours; paper: 0")  # fmt: skip
+    mask_blur: float = hyperparameter(3.0, "px, standard deviation of a blur of the outline", "ours; paper: 0", high=99)
     seed: int = hyperparameter(0, "seed of the network's initial parameters", "ours", high=2**32 - 1)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, limits, kind = getattr(self, field.name), field.metadata, type(field.default)
-            low, high, choices = limits["low"], limits["high"], (True, False) if kind is bool else limits["choices"]
-            if choices:
-                valid, expected = isinstance(value, kind) and value in choices, f"one of {choices}"
-            elif kind is tuple:
-                valid = isinstance(value, tuple) and value and all(isinstance(n, Integral) and n >= 1 for n in value)
-                expected = "a tuple of positive integers"
-            else:
-                number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-                valid = number and low <= value <= high
-                span = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
-                expected = f"{'an integer' if kind is int else 'a number'} {span}"
-            if not valid:
-                raise ValueError(f"{field.name} must be {expected}, got {value!r}")
+            value, kind, choices = getattr(self, field.name), type(field.default), field.metadata["choices"]
+            items, (low, high) = value if isinstance(value, tuple) else (value,), field.metadata["range"]
+            number = {float: Real, str: str}.get(kind, Integral)
+            valid = items and all(isinstance(value, t) == (kind is t) for t in (tuple, bool))
+            if not (valid and all(isinstance(n, number) and (n in choices if choices else low <= n <= high) for n in items)):
+                raise ValueError(f"{field.name} must be {choices or f'from {low:g} to {high:g}'}, got {value!r}")
         if any(width % self.heads for width in self.widths):
             raise ValueError(f"widths must be multiples of heads, {self.heads}, got {self.widths}")
         if self.shared_epochs >= self.epochs:
@@ -162,86 +144,33 @@ def build_graph(features, tau, node_weights=None):
 # Graph attention, eqs. (2) to (4) ------------------------------------------------------------------------------
 
 SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
+BLOCK_BYTES, BLOCK_ROWS = 2**26, 256  # a larger (H,N,N) tensor is computed in blocks of so many rows
 
 
 def attention_weights(score_dst, score_src, adjacency):
-    """The attention weights alpha of eq. (2), for every head.
+    """The attention weights alpha of eq. (2), for every head, of n nodes that are updated.
 
-    score_dst, score_src: (H,N), the two parts of a^T [W h_i || W h_j], which is score_dst_i + score_src_j.
-    adjacency: (N,N); its positive entries are the edges. Their weights are not used.
-    Returns (H,N,N); row i sums to 1 over the neighbours j of node i, and is uniform for a node without neighbours.
+    score_dst (H,n), score_src (H,N): the two parts of a^T [W h_i || W h_j], which is score_dst_i + score_src_j.
+    adjacency: (n,N); its positive entries are the edges. Their weights are not used.
+    Returns (H,n,N); row i sums to 1 over the neighbours j of node i, and is uniform for a node without neighbours.
     """
-    e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], SLOPE)  # (H,N,N)
+    e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], SLOPE)  # (H,n,N)
     return e.masked_fill(adjacency <= 0, torch.finfo(e.dtype).min).softmax(dim=2)  # eq. (2)
 
 
 def attention(Wh, score_dst, score_src, adjacency):
-    """What each node aggregates from its neighbours: the sum in eq. (3), for every head.
+    """What each of n nodes aggregates from its neighbours: the sum in eq. (3), for every head.
 
     Wh: the transformed node features W h, (H,N,D). Other arguments as for `attention_weights`.
-    Returns (H,N,D); 0 for a node without neighbours.
+    Returns (H,n,D); 0 for a node without neighbours.
     """
-    connected = (adjacency > 0).any(dim=1)[:, None]  # (N,1)
+    connected = (adjacency > 0).any(dim=1)[:, None]  # (n,1)
     return attention_weights(score_dst, score_src, adjacency) @ Wh * connected  # eq. (3), before the non-linearity
 
 
-class BlockwiseAttention(torch.autograd.Function):
-    """The same function as `attention`, in less memory and, on a CPU, in less time.
-
-    The rows of a softmax are independent. Blocks of rows that fit into the processor's cache are computed and dropped,
-    and computed again for the gradients from the logarithm of each row's denominator, so that no N x N tensor but the
-    graph is kept (Dao et al. 2022, FlashAttention).
-    """
-
-    NO_EDGE = -1e30  # score of a pair without an edge
-
-    @staticmethod
-    def score_blocks(score_dst, score_src, adjacency):
-        """Yield slices of rows, each with its scores e of eq. (2), (H,rows,N)."""
-        rows = 64 if adjacency.device.type == "cpu" else 2048
-        for start in range(0, len(adjacency), rows):
-            block = slice(start, start + rows)
-            e = F.leaky_relu_(score_dst[:, block, None] + score_src[:, None], SLOPE)
-            yield block, e.masked_fill_(adjacency[block] <= 0, BlockwiseAttention.NO_EDGE)
-
-    @staticmethod
-    def exp_(x):
-        """exp(x) in place, 0 where x <= -60: products of such small numbers are denormal, which is slow on a CPU."""
-        return F.threshold_(x, -60.0, -math.inf).exp_()
-
-    @staticmethod
-    def forward(ctx, Wh, score_dst, score_src, adjacency):  # (H,N,D), (H,N), (H,N), (N,N) -> (H,N,D)
-        out, logsumexp = torch.empty_like(Wh), torch.empty_like(score_dst)
-        for block, e in BlockwiseAttention.score_blocks(score_dst, score_src, adjacency):
-            row_max = e.amax(dim=2, keepdim=True)
-            numerator = BlockwiseAttention.exp_(e.sub_(row_max))  # of eq. (2), divided by exp(row_max)
-            row_sum = numerator.sum(dim=2, keepdim=True)
-            connected = row_max > BlockwiseAttention.NO_EDGE
-            out[:, block] = numerator @ Wh / row_sum * connected
-            # For a node without neighbours inf, so that its alpha is 0
-            logsumexp[:, block] = torch.where(connected, row_max + row_sum.log(), math.inf)[..., 0]
-        ctx.save_for_backward(Wh, score_dst, score_src, adjacency, out, logsumexp)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # (H,N,D)
-        Wh, score_dst, score_src, adjacency, out, logsumexp = ctx.saved_tensors
-        # dL/de_ij = alpha_ij (grad_i . Wh_j - grad_i . out_i). The extra column of both factors adds the second term.
-        grad_aug = torch.cat([grad, -(grad * out).sum(2, keepdim=True)], dim=2)  # (H,N,D+1)
-        Wh_aug = torch.cat([Wh, torch.ones_like(Wh[..., :1])], dim=2).mT.contiguous()  # (H,D+1,N)
-        d_Wh, d_dst, d_src = torch.zeros_like(Wh), torch.empty_like(score_dst), torch.zeros_like(score_src)
-        for block, e in BlockwiseAttention.score_blocks(score_dst, score_src, adjacency):
-            alpha = BlockwiseAttention.exp_(e - logsumexp[:, block, None])  # eq. (2); 0 for a pair without an edge
-            d_Wh.baddbmm_(alpha.mT, grad[:, block])
-            d_e = (grad_aug[:, block] @ Wh_aug).mul_(alpha)
-            d_e = torch.ops.aten.leaky_relu_backward(d_e, e, SLOPE, True)  # True: e is the output of LeakyReLU
-            d_dst[:, block] = d_e.sum(2)
-            d_src += d_e.sum(1)
-        return d_Wh, d_dst, d_src, None
-
-
-PLAIN_BYTES = 2**28  # size of an (H,N,N) tensor up to which CUDA runs `attention`, which is faster and keeps about 12
+def needs_blocks(heads, n):
+    """Whether the (H,N,N) tensors of attention, float32, are so large that it is computed in blocks of rows."""
+    return 4 * heads * n * n > BLOCK_BYTES
 
 
 class GraphAttention(nn.Module):
@@ -255,7 +184,6 @@ class GraphAttention(nn.Module):
     def __init__(self, in_features, out_features, heads, residual=True):
         super().__init__()
         self.heads, self.residual = heads, residual
-        self.attend = None  # `attention` or `BlockwiseAttention.apply`; None: the faster one
         self.W = nn.Linear(in_features, out_features, bias=False)  # W^z of all heads z, stacked
         self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
         self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
@@ -270,9 +198,12 @@ class GraphAttention(nn.Module):
     def forward(self, h, adjacency):
         """h (N,in), adjacency (N,N) whose positive entries are the edges -> (N,out)."""
         Wh, score_dst, score_src = self.project(h)
-        plain = h.is_cuda and self.heads * adjacency.numel() * h.element_size() <= PLAIN_BYTES
-        attend = self.attend or (attention if plain else BlockwiseAttention.apply)
-        aggregated = attend(Wh, score_dst, score_src, adjacency)  # eqs. (2), (3): (H,N,D)
+        if needs_blocks(*score_dst.shape):  # no block is kept for the backward pass, each is computed again in it
+            attend = functools.partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=False)
+            blocks = zip(score_dst.split(BLOCK_ROWS, dim=1), adjacency.split(BLOCK_ROWS))
+            aggregated = torch.cat([attend(Wh, dst, score_src, rows) for dst, rows in blocks], dim=1)  # (H,N,D)
+        else:
+            aggregated = attention(Wh, score_dst, score_src, adjacency)  # eqs. (2), (3): (H,N,D)
         if self.residual:
             aggregated = aggregated + Wh
         return aggregated.transpose(0, 1).flatten(1)  # eq. (4), before the non-linearity: (N,out)
@@ -336,7 +267,6 @@ def modularity_loss(assignment, adjacency, resolution=1.0, collapse_weight=1.0):
 
 NODE_RMS_NORM = 4  # root mean square of the norms of the node features X
 MIN_MODULARITY = 1e-4  # below it a graph has no communities, as where colours differ by at most 5 grey levels
-LOCK = threading.Lock()  # for torch's random state, which all threads share, and for CUDA graph capture
 
 
 def centre_and_scale(features, adjacency):
@@ -350,47 +280,13 @@ def centre_and_scale(features, adjacency):
     return x * (NODE_RMS_NORM / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
 
 
-def seeded_model(build, config, device, lr=None):
-    """The module that build() returns, with seeded initial parameters, and its AdamW optimiser."""
-    with LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(config.seed))  # torch.manual_seed would also seed the caller's GPUs
-        model = build().to(device)
-    adamw_kwargs = {"lr": lr or config.lr, "weight_decay": config.weight_decay}
-    capturable = torch.device(device).type == "cuda"  # see `capture_cuda_graph`
-    return model, torch.optim.AdamW(model.parameters(), fused=True, capturable=capturable, **adamw_kwargs)
-
-
-def loss_of(network, x, adjacency, config):
-    """The loss of eq. (8) of a network on one image, a scalar tensor. x: (N,C) from `centre_and_scale`."""
-    return modularity_loss(network(x, adjacency), adjacency, config.resolution, config.collapse_weight)
-
-
-def train_step(optimizer, compute_loss):
-    """One step of the optimiser; returns the loss before it, a scalar tensor."""
-    loss = compute_loss()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def has_converged(losses, config):
-    """Whether the last 3 epochs brought less than config.early_stop of the improvement over a uniform assignment."""
-    uniform_loss = (config.resolution - 1) / config.clusters  # eq. (8) at C_ik = 1 / K
-    improvement = uniform_loss - losses[-1]
-    if not config.early_stop or len(losses) < 4 or improvement <= MIN_MODULARITY:  # at first the loss is on a plateau
-        return False
-    return losses[-4] - losses[-1] < config.early_stop * improvement
-
-
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """What `fit` returns."""
 
-    assignment: torch.Tensor  # C (N,K), rows summing to 1; all 1 / K if there are no communities
+    assignment: torch.Tensor  # C (N,K), rows summing to 1; all 1 / K where the modularity is below MIN_MODULARITY
     losses: list  # the loss before every step
     modularity: float  # Q of the most likely clusters, eq. (6)
-    has_communities: bool  # whether Q is at least MIN_MODULARITY
     network: UnSegMedGAT  # after the last step
 
 
@@ -402,24 +298,35 @@ def fit(features, adjacency, config=Config(), shared=None):
     """
     with standard_torch():  # gradients and float32, whatever the caller has set
         x, device = centre_and_scale(features, adjacency), adjacency.device
-        network, optimizer = seeded_model(lambda: UnSegMedGAT(x.shape[1], config), config, device)
+        with seeded(config.seed):
+            network = UnSegMedGAT(x.shape[1], config).to(device)
+        optimizer = make_optimizer(network, config)
         if shared is not None:
             network.load_state_dict(shared)
-        epoch_step = functools.partial(train_step, optimizer, lambda: loss_of(network, x, adjacency, config))
-        losses = []
-        for epoch in range(config.epochs - (config.shared_epochs if shared is not None else 0)):
-            if epoch == 3 and device.type == "cuda":
-                epoch_step = capture_cuda_graph(epoch_step, device)
-            losses.append(epoch_step().item())
-            if has_converged(losses, config):
-                break
+        losses, epochs = [], config.epochs - (config.shared_epochs if shared is not None else 0)
+
+        def step():
+            loss = modularity_loss(network(x, adjacency), adjacency, config.resolution, config.collapse_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        for epoch in range(epochs):
+            if epoch == 3 and device.type == "cuda" and not needs_blocks(config.heads, len(x)):
+                step = capture_cuda_graph(step, device)
+            losses.append(step().item())
+            improvement = (config.resolution - 1) / config.clusters - losses[-1]  # over the loss at C_ik = 1 / K
+            if config.early_stop and epoch >= 3 and improvement > MIN_MODULARITY:  # at first the loss is on a plateau
+                if losses[-4] - losses[-1] < config.early_stop * improvement:
+                    break
         with torch.no_grad():
             assignment = network(x, adjacency)
             clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
             q = modularity(clusters, adjacency).item()  # eq. (6)
-    if not (has_communities := q >= MIN_MODULARITY):  # then no cluster is the object's
+    if q < MIN_MODULARITY:  # then no cluster is the object's
         assignment = torch.full_like(assignment, 1 / config.clusters)
-    return Fit(assignment, losses, q, has_communities, network)
+    return Fit(assignment, losses, q, network)
 
 
 # UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
@@ -429,70 +336,79 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
     """The first phase of UnSegMedGATc: config.shared_epochs passes over all images, one step for each, with parameters
     that all images share.
 
-    node_sets: a list of pairs, the features f (N,C) and the node weights (N,) of an image; N may differ. The graph of
-    an image is built when its turn comes, so only one is in memory. quiet: show no progress bar.
-    Returns the state_dict that `fit` takes as `shared`, on the CPU; None for an empty list.
+    node_sets: a list of functions that return the features f (N,C) and the node weights (N,) of an image; N may differ.
+    An image whose function fails is left out. The graph of an image is built when its turn comes, so only one is in
+    memory. quiet: show no progress bar.
+    Returns the state_dict that `fit` takes as `shared`, on the CPU; None without an image.
     """
-    if not node_sets:
+    nodes = []
+    for node_set in node_sets:
+        with contextlib.suppress(Exception):  # it is reported when the image itself is segmented
+            nodes.append([tensor.cpu() for tensor in node_set()])
+    if not nodes:
         return None
-    in_features, steps = node_sets[0][0].shape[1], config.shared_epochs * len(node_sets)
-    with standard_torch(), torch.hub.tqdm(total=steps, desc="shared", disable=quiet) as bar:
-        network, optimizer = seeded_model(lambda: UnSegMedGAT(in_features, config), config, device)
-        for features, node_weights in node_sets * config.shared_epochs:
+    steps = torch.hub.tqdm(nodes * config.shared_epochs, desc="shared", disable=quiet)
+    with standard_torch():
+        with seeded(config.seed):
+            network = UnSegMedGAT(nodes[0][0].shape[1], config).to(device)
+        optimizer = make_optimizer(network, config)
+        for features, node_weights in steps:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, node_weights.to(device))
-            x = centre_and_scale(features, adjacency)
-            train_step(optimizer, functools.partial(loss_of, network, x, adjacency, config))
-            bar.update(1)
+            assignment = network(centre_and_scale(features, adjacency), adjacency)
+            loss = modularity_loss(assignment, adjacency, config.resolution, config.collapse_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
 # The paper ends here. What follows leads from a photograph to a mask ===========================================
 
 
-# Torch: CUDA graphs, and the caller's settings -----------------------------------------------------------------
+# Torch: the seed, CUDA graphs, and the caller's settings -------------------------------------------------------
+
+LOCK = threading.Lock()  # for torch's random state, which all threads share, and for CUDA graph capture
 
 
-capture_stream = functools.cache(torch.cuda.Stream)  # one for each device, as torch keeps a workspace for each
+@contextlib.contextmanager
+def seeded(seed):
+    """Torch's random numbers on the CPU begin at a seed inside, and go on as before after it."""
+    with LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would also seed the caller's GPUs
+        yield
+
+
+def make_optimizer(network, config):
+    """AdamW for a network, with one kernel for all parameters, which CUDA can capture."""
+    on_cuda = next(network.parameters()).is_cuda
+    return torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True,
+                             capturable=on_cuda)  # fmt: skip
 
 
 def capture_cuda_graph(function, device):
     """Capture function() as a CUDA graph, without running it, and return a function that replays it.
 
-    Launching its kernels (340 in an epoch) takes longer than running them. Call function() a few times before: the
-    first calls allocate the optimiser's state and cuBLAS workspaces, which cannot be captured.
+    Launching its kernels (about 300 in an epoch) takes longer than running them. Call function() a few times before:
+    the first calls allocate the optimiser's state and cuBLAS workspaces, which cannot be captured.
     """
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)  # sets the device of a new thread
-    capture = torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local")
-    with LOCK, torch.cuda.stream(current), capture:
+    graph = torch.cuda.CUDAGraph()
+    with LOCK, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()  # each replay writes its result into this tensor
     return lambda: (graph.replay(), result)[1]
 
 
-caller_torch = {"threads": 0, "dtype": None}  # how many threads are inside `standard_torch`, and the dtype before
-
-
 @contextlib.contextmanager
 def standard_torch():
-    """Torch as this file needs it, whatever its caller has set: gradients, no autocast, float32, the CPU.
-
-    The default dtype belongs to the process: the first thread that enters sets float32, the last one that leaves
-    restores the caller's.
-    """
-    with LOCK:
-        if not caller_torch["threads"]:
-            caller_torch["dtype"] = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
-        caller_torch["threads"] += 1
+    """Torch as this file needs it, whatever its caller has set: gradients, no autocast, float32, the CPU."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         with (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"),
               torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)):  # fmt: skip
             yield
     finally:
-        with LOCK:
-            caller_torch["threads"] -= 1
-            if not caller_torch["threads"]:
-                torch.set_default_dtype(caller_torch["dtype"])
+        torch.set_default_dtype(dtype)
 
 
 # Reading images ------------------------------------------------------------------------------------------------
@@ -510,54 +426,42 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def turn_upright(image):
-    """Turn a PIL image by its EXIF orientation, in place, or leave it if there is none that can be read."""
-    image.load()
-    with contextlib.suppress(Exception):  # of many kinds, for bytes that are not EXIF, and from rewriting broken tags
+def decode_image(source):
+    """A path or PIL image as a decoded PIL image, turned upright by its EXIF orientation. Raises ImageError."""
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some ICC profiles exceed Pillow's 1 MiB
+    try:
+        image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many, scale it down first")
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
+            raise ValueError(f"it holds {image.n_frames} frames, save one as a still image")
+        image.load()
+    except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ImageError(f"it cannot be read: {reason} (is it damaged? DICOM, NIfTI and HEIC are not read)") from None
+    with contextlib.suppress(Exception):  # of many kinds, for bytes that are not EXIF
         ImageOps.exif_transpose(image, in_place=True)
-
-
-def why_unreadable(error):
-    """What to tell the user about an exception that Pillow raised while opening or decoding a file."""
-    if isinstance(error, UnidentifiedImageError):
-        return ("it is damaged, or its format is not one that Pillow reads here (DICOM, NIfTI and HEIC are not): "
-                "convert it to PNG")  # fmt: skip
-    return getattr(error, "strerror", None) or f"it cannot be decoded ({one_line(error)}): is it damaged or incomplete?"
+    return image
 
 
 def load_image(source):
     """Read any still image as RGBA: uint8 (height,width,4), turned upright by its EXIF orientation.
 
-    source: a path, a PIL image, or a uint8 array (height,width) or (height,width,3). Grey images of more than 8 bits
-    are scaled by their 0.1 and 99.9 percentiles. Alpha is 255 or, for pixels more than half transparent, 0; these get
-    the mean colour of the others.
+    source: a path, a PIL image, or a uint8 array (height,width), (height,width,3) or (height,width,4). Grey images of
+    more than 8 bits are scaled by their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half
+    transparent; these get the mean colour of the others.
     Raises ImageError for anything that is not one still image, and for one that is transparent everywhere.
     """
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
-            raise ImageError(f"an array must be uint8, (height,width[,3]), got {source.dtype} {source.shape}")
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+            raise ImageError(f"an array must be uint8, (height,width[,3 or 4]), got {source.dtype} {source.shape}")
         source = Image.fromarray(source)
-    try:
-        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some ICC profiles exceed Pillow's 1 MiB
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"{image.width} x {image.height} pixels are too many: scale it down first")
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
-            raise ImageError(f"it holds {image.n_frames} frames: save the one you want as a still image")
-        image = image.copy() if image is source else image  # it is turned in place
-        turn_upright(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-            low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
-            grey = (grey - low) * (255 / max(high - low, 1e-12))
-            image = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
-        rgba = np.array(image.convert("RGBA"))
-    except ImageError:
-        raise
-    except Image.DecompressionBombError:
-        raise ImageError("it would decode to far too many pixels: scale it down first") from None
-    except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
-        raise ImageError(why_unreadable(error)) from None
+    image = decode_image(source)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+        low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
+        image = Image.fromarray(((grey - low) * (255 / max(high - low, 1e-12))).clip(0, 255).round().astype(np.uint8))
+    rgba = np.array(image.convert("RGBA"))
     if min(rgba.shape[:2]) < PATCH:
         raise ImageError(f"{rgba.shape[1]} x {rgba.shape[0]} pixels are too few: each side needs at least {PATCH}")
     opaque = rgba[..., 3] >= 128
@@ -568,25 +472,16 @@ def load_image(source):
     return rgba
 
 
-def patch_grid(sides, stride):
-    """The number of patches along the sides of an image, px: (h,w)."""
-    return tuple((side - PATCH) // stride + 1 for side in sides)
-
-
-def resize_image(pixels, size, stride=PATCH):
+def resize_image(photo, size):
     """Resize (height,width,C) uint8 to a shorter side of about `size` px, or a longer side of 4 `size` if that is less.
 
     Returns (C,s,t) in [0,1], s and t multiples of 8.
     """
-    height, width = pixels.shape[:2]
+    height, width = photo.shape[:2]
     scale = min(size / min(height, width), 4 * size / max(height, width))
-    s, t = (max(1, round(side * scale / PATCH)) * PATCH for side in (height, width))
-    nodes = math.prod(patch_grid((s, t), stride))
-    if nodes > MAX_NODES:
-        raise ImageError(f"{width} x {height} pixels make {nodes:,} patches, over {MAX_NODES:,}: use a smaller size")
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-    image = F.interpolate(image, size=(s, t), mode="bilinear", antialias=True, align_corners=False)
-    return (image[0] / 255).clamp(0, 1)
+    shape = [max(1, round(side * scale / PATCH)) * PATCH for side in (height, width)]
+    image = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
+    return (F.interpolate(image, size=shape, mode="bilinear", antialias=True)[0] / 255).clamp(0, 1)
 
 
 def upsample(values, stride):
@@ -607,26 +502,26 @@ class View:
     image: torch.Tensor  # (3,s,t) in [0,1]
     stride: int  # px between patches
     crop: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: the part that the image shows
-    field_of_view: torch.Tensor  # (s/8,t/8), 1 for the cells of 8 px that can be object, else 0
-    search_area: tuple  # (y0, x0, y1, x1) px of the image: the user's box, or the whole image
     opaque: np.ndarray  # (height,width) bool, the pixels of the photograph that are not transparent
+    search_area: tuple  # (y0, x0, y1, x1) px of the image: the user's box, or the whole image
+    field_of_view: torch.Tensor = None  # (h,w), 1 for the patches that can be object, else 0
     ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes: the object's rough location
     prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for the image alone
 
     @property
     def grid(self):
         """The number of patches: (h,w)."""
-        return patch_grid(self.image.shape[1:], self.stride)
+        return tuple((side - PATCH) // self.stride + 1 for side in self.image.shape[1:])
 
     def centres(self):
         """The centres of the patches, px of the image: (h,1) and (1,w)."""
         y, x = (torch.arange(n) * self.stride + PATCH / 2 for n in self.grid)
         return y[:, None], x[None]
 
-    def valid_patches(self):
-        """1 for the patches whose centre lies in the field of view, else 0: (h,w)."""
-        y, x = ((centres // PATCH).long().flatten() for centres in self.centres())
-        return self.field_of_view[y][:, x]
+    def position_in(self, area):
+        """The positions of the patches in an area (y0, x0, y1, x1): (h,1) and (1,w), -1 and 1 on its sides."""
+        (y, x), (y0, x0, y1, x1) = self.centres(), area
+        return 2 * (y - y0) / (y1 - y0) - 1, 2 * (x - x0) / (x1 - x0) - 1
 
     def distance_in_radii(self):
         """The distance of each patch from the centre of the ellipse, (h,w): 1 on the ellipse."""
@@ -639,13 +534,6 @@ class View:
         return (distance <= distance.min().clamp(min=1)).float()
 
 
-def position_in(area, h, w):
-    """The positions of cells (h,w) in an area (y0, x0, y1, x1), in cells: (h,1) and (1,w), -1 and 1 on its sides."""
-    y0, x0, y1, x1 = area
-    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-    return (2 * (y - y0) / (y1 - y0) - 1)[:, None], (2 * (x - x0) / (x1 - x0) - 1)[None]
-
-
 def rgb_to_lab(image):
     """sRGB (3,s,t) in [0,1] to CIE Lab (3,s,t), L in [0,100], white point D65 (IEC 61966-2-1, CIE 15)."""
     linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
@@ -655,18 +543,18 @@ def rgb_to_lab(image):
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def border_components(cells, min_distance):
+def border_components(cells, min_distance=0.0):
     """The connected components of cells (h,w) bool that touch the image's border, as a mask (h,w) bool.
 
-    min_distance: only those whose mean distance from the middle is larger; 1 is the border. Components that cover
-    over 90 % of the image are left out.
+    Only those that cover less than 90 % of the image, and whose mean distance from the middle is larger than
+    min_distance; 1 is the border.
     """
-    y, x = position_in((0, 0, *cells.shape), *cells.shape)
-    distance = torch.maximum(y.abs(), x.abs()).numpy()
+    y, x = (np.abs((np.arange(n) + 0.5) / n * 2 - 1) for n in cells.shape)
+    distance = np.maximum.outer(y, x)
     labels, _ = ndimage.label(cells)
     touching = set(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])) - {0}
-    kept = [n for n in touching if distance[labels == n].mean() > min_distance and (labels == n).mean() < 0.9]
-    return np.isin(labels, kept)
+    return np.isin(labels, [n for n in touching if distance[labels == n].mean() > min_distance
+                            and (labels == n).mean() < 0.9])  # fmt: skip
 
 
 def find_field_of_view(image):
@@ -676,59 +564,56 @@ def find_field_of_view(image):
     image that touch the border and stay near it, such as stickers, rulers and drapes.
     """
     brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
-    h, w = brightness.shape
-    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0)
+    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3))
     hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
-    middle = np.zeros((h, w), bool)
-    middle[h // 4 : h - h // 4, w // 4 : w - w // 4] = True
-    usual = np.median(hue[:, middle & ~dark if (middle & ~dark).any() else middle], axis=1)
+    middle = np.s_[len(dark) // 4 : -(len(dark) // 4) or None, dark.shape[1] // 4 : -(dark.shape[1] // 4) or None]
+    light = ~dark[middle] if not dark[middle].all() else np.ones_like(dark[middle])
+    usual = np.median(hue[(slice(None), *middle)][:, light], axis=1)
     other_hue = np.hypot(*(hue - usual[:, None, None])) > 36
-    other_hue = border_components(other_hue & ~dark, 0.6)
-    return torch.from_numpy(~(dark | other_hue)).float()
+    return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6))).float()
 
 
-def check_prompt(name, prompt, height, width):
-    """A box (x0, y0, x1, y1) or point (x, y) as a tuple of numbers, or None. Raises ValueError for anything else."""
-    if prompt is None:
-        return None
-    numbers = {"box": "four numbers x0 < x1, y0 < y1", "point": "two numbers"}[name]
-    with contextlib.suppress(TypeError, ValueError):  # a ragged list is not an array
-        array = np.asarray(prompt)
-        if array.shape == ((4,) if name == "box" else (2,)) and array.dtype.kind in "iuf":
-            values = tuple(array.tolist())
-            x0, y0, x1, y1 = (*values, width, height)[:4]
-            if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height:
-                return values
-    raise ValueError(f"the {name} must be {numbers} inside the image, {width} x {height}; got {one_line(prompt)}")
+def check_prompt(box, point, height, width):
+    """The user's box (x0, y0, x1, y1) and point (x, y) as (y0, x0, y1, x1) and (y, x); None stays None.
+
+    Raises ValueError for both together, and for what is no box or point inside the image.
+    """
+    with contextlib.suppress(TypeError, ValueError):  # not numbers, or not so many
+        x0, y0, x1, y1 = (0, 0, 1, 1) if box is None else map(float, box)
+        x, y = (0, 0) if point is None else map(float, point)
+        inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and 0 <= x < width and 0 <= y < height
+        if inside and (box is None or point is None):
+            return None if box is None else (y0, x0, y1, x1), None if point is None else (y, x)
+    given = one_line(f"box {box}, point {point}")
+    raise ValueError(f"one box x0, y0, x1, y1 or one point x, y inside the image, {width} x {height}; got {given}")
 
 
 def view_photograph(photo, config, box=None):
-    """The View of a photograph (height,width,3 or 4) uint8, or of the surroundings of a box (x0, y0, x1, y1) in it."""
+    """The View of a photograph (height,width,3 or 4) uint8, or of the surroundings of a box (y0, x0, y1, x1) in it."""
     height, width = photo.shape[:2]
-    image, (top, left, bottom, right) = resize_image(photo, config.size, config.stride), (0, 0, height, width)
-    cells = image.shape[1] // PATCH, image.shape[2] // PATCH
-    field_of_view = find_field_of_view(image[:3])  # of the whole photograph
-    x0, y0, x1, y1 = box or (0, 0, width, height)
+    image, crop = resize_image(photo, config.size), (0, 0, height, width)
+    cells = find_field_of_view(image[:3])  # of the whole photograph
+    y0, x0, y1, x1 = box or crop
     if box:
-        reach = [max(side / 2 + BOX_MARGIN, 0.8 * side) for side in (y1 - y0, x1 - x0)]
-        top, left = (max(0, round(at - by)) for at, by in zip(((y0 + y1) / 2, (x0 + x1) / 2), reach))
-        bottom, right = (min(end, round(at + by))
-                         for end, at, by in zip((height, width), ((y0 + y1) / 2, (x0 + x1) / 2), reach))  # fmt: skip
-        image = resize_image(photo[top:bottom, left:right], config.size, config.stride)
-    _, s, t = image.shape
-    rows = np.linspace(top, bottom, s // PATCH + 1) * cells[0] / height  # of the sides of the cells, from 0 to `cells`
-    columns = np.linspace(left, right, t // PATCH + 1) * cells[1] / width
-    field_of_view = field_of_view[((rows[1:] + rows[:-1]) / 2).astype(int)][:, ((columns[1:] + columns[:-1]) / 2).astype(int)]
-    sy, sx = s / (bottom - top), t / (right - left)
-    search_area = (y0 - top) * sy, (x0 - left) * sx, (y1 - top) * sy, (x1 - left) * sx
+        dy, dx = (max(BOX_MARGIN, 0.3 * side) for side in (y1 - y0, x1 - x0))
+        crop = max(0, round(y0 - dy)), max(0, round(x0 - dx)), min(height, round(y1 + dy)), min(width, round(x1 + dx))
+        image = resize_image(photo[crop[0] : crop[2], crop[1] : crop[3]], config.size)
+    sy, sx = image.shape[1] / (crop[2] - crop[0]), image.shape[2] / (crop[3] - crop[1])  # px of the image in one px
+    search_area = (y0 - crop[0]) * sy, (x0 - crop[1]) * sx, (y1 - crop[0]) * sy, (x1 - crop[1]) * sx
+    opaque = photo[..., 3] > 0 if photo.shape[2] == 4 else np.ones((height, width), bool)
+    view = View(image[:3], config.stride, crop, opaque, search_area)
+    if math.prod(view.grid) > MAX_NODES:
+        raise ImageError(f"{math.prod(view.grid):,} patches are over {MAX_NODES:,}: use a smaller size or larger stride")
+
+    (y, x), (h, w) = view.centres(), cells.shape
+    rows, columns = ((y / sy + crop[0]) * h / height).long(), ((x / sx + crop[1]) * w / width).long()
+    field_of_view = cells[rows, columns]  # (h,w), of the View's own patches
     if box:  # what lies in it is never excluded
-        first_row, first_column = int(search_area[0] // PATCH), int(search_area[1] // PATCH)
-        field_of_view[first_row : math.ceil(search_area[2] / PATCH), first_column : math.ceil(search_area[3] / PATCH)] = 1
-    opaque = np.ones((height, width), bool)
+        (top, left, bottom, right), half = search_area, PATCH / 2
+        field_of_view[(y > top - half) & (y < bottom + half) & (x > left - half) & (x < right + half)] = 1
     if photo.shape[2] == 4:
-        opaque = photo[..., 3] > 0
-        field_of_view *= (F.avg_pool2d(image[3:], PATCH)[0] > 0.5).float()
-    return View(image[:3], config.stride, (top, left, bottom, right), field_of_view, search_area, opaque)
+        field_of_view *= F.avg_pool2d(image[3:], PATCH, config.stride)[0] > 0.5
+    return dataclasses.replace(view, field_of_view=field_of_view)
 
 
 # Features: the keys of DINO's last block -----------------------------------------------------------------------
@@ -794,14 +679,8 @@ DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
 DOWNLOAD_TIMEOUT = 10  # s without an answer from the host
 
 
-def cached_dino():
-    """The path of DINO's backbone file in torch.hub's cache, where it need not exist."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1]
-
-
-def download_dino(progress=True):
-    """Download DINO's backbone file into torch.hub's cache and check its SHA-256. Raises OSError if that fails."""
-    path = cached_dino()
+def download_dino(path, progress=True):
+    """Download DINO's backbone file and check its SHA-256. Raises OSError if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
@@ -813,69 +692,31 @@ def download_dino(progress=True):
         socket.setdefaulttimeout(timeout_before)
 
 
-def read_checkpoint(path):
-    """The contents of a file that torch.save wrote, tensors only. Raises ValueError, which names the file."""
+@standard_torch()
+def read_dino(path):
+    """ViT-S/8 with the weights of a file, in evaluation mode, without gradients.
+
+    path: the published backbone, timm's copy of it, or the full checkpoint, whose teacher is taken.
+    Raises ValueError, which names the file, if it cannot be read or holds other weights.
+    """
+    model = VisionTransformer()
     try:
-        if zipfile.is_zipfile(path):  # torch.save writes a CRC of each tensor, which torch.load does not check
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(damaged)
         # The full checkpoint also holds its command line, an argparse.Namespace. Nothing else is allowed
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds. torch's advice to load without weights_only is not passed on
-        why = getattr(error, "strerror", None) or "it is damaged, or not a checkpoint of tensors: download it again"
-        raise ValueError(f"{path}: cannot be loaded safely: {why}") from None
-
-
-def read_dino(path, branch):
-    """ViT-S/8 with the weights of a file; arguments and errors as for `load_dino`."""
-    state, model = read_checkpoint(path), VisionTransformer()
-    try:
-        if branch in state:  # the full checkpoint, whose branches also have a head
-            names = [name for name in state[branch] if "backbone." in name]
-            state = {name.rpartition("backbone.")[2]: state[branch][name] for name in names}
-        elif branch == "student":
-            raise ValueError("there is no student in it; only the full checkpoint holds both branches")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if "teacher" in state:  # which also has a head
+            backbone = [name for name in state["teacher"] if name.startswith("backbone.")]
+            state = {name.removeprefix("backbone."): state["teacher"][name] for name in backbone}
         model.load_state_dict(state)
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite numbers: download it again")
-    except Exception as error:  # of many kinds: not a dictionary, another network
-        raise ValueError(f"{path}: is not DINO's ViT-S/8: {one_line(error)}") from None
+    except Exception as error:  # of many kinds. torch's advice to load without weights_only is not passed on
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise ValueError(f"{path}: these are no weights of DINO's ViT-S/8 ({reason}): download {DINO_URL}") from None
     return model.eval().requires_grad_(False)
 
 
-@standard_torch()
-def load_dino(weights=None, branch="teacher", progress=True):
-    """ViT-S/8 with DINO's weights, in evaluation mode, without gradients.
-
-    weights: a file (the published backbone, timm's copy of it, or the full checkpoint). None: the backbone from
-        torch.hub's cache; it is downloaded where it is missing or cannot be read.
-    branch: of a full checkpoint, "teacher" (which the backbone file holds) or "student" (which the authors use).
-    Raises ValueError for a file that cannot be read or holds other weights, OSError if the download fails.
-    """
-    if branch not in ("teacher", "student"):
-        raise ValueError(f"branch must be teacher or student, got {branch!r}")
-    if weights:
-        return read_dino(Path(weights), branch)
-    if branch == "student":
-        raise ValueError("the student is only in DINO's full checkpoint: download that and pass it as --weights FILE")
-    path, unreadable = cached_dino(), ""
-    if path.is_file():
-        try:
-            return read_dino(path, branch)
-        except ValueError as error:
-            unreadable = f"; {error}"
-    try:
-        download_dino(progress)
-    except OSError as error:
-        raise OSError(f"{error}{unreadable}") from None
-    return read_dino(path, branch)
-
-
 # Features: the colour, and the choice of a backbone ------------------------------------------------------------
+# A backbone is a function extract(view): View -> features (N,C), row-major, of any norm. Its __name__ is reported.
 
 CONSTANT_FEATURE = 50  # in units of Lab
 
@@ -894,100 +735,95 @@ def join_features(deep, colour, colour_weight):
 
     Their cosine similarity is the weighted mean of both: (1 - colour_weight) cos(deep) + colour_weight cos(colour).
     """
-    if deep is None or colour_weight == 1:
-        return colour
-    if colour_weight == 0:
-        return deep
     return torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """What turns a View into patch features."""
-
-    name: str  # "dino", "builtin", the path of a Python file, or any name of your own
-    extract: Callable | None  # View -> features (N,C), row-major, of any norm; None: the colour alone
 
 
 def pick_device(device):
     """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for a kind that is missing."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(str(device).partition(":")[0], False):
+        device = "cuda" if cuda else "cpu"
+    if not {"cuda": cuda, "mps": mps}.get(str(device).partition(":")[0], True):
         raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
-def load_backbone_file(path):
-    """The Backbone of a Python file that defines extract(view): a View -> features (N,C). Raises ValueError if not."""
-    if path.suffix != ".py":
-        raise ValueError(f"backbone must be auto, dino, builtin or a Python file FILE.py, got {path}")
-    if not path.is_file():
-        raise ValueError(f"backbone {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for dataclasses in it
-    sys.path.append(str(path.parent.resolve()))  # for modules beside it
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever is wrong in it
-        raise ValueError(f"backbone {path}: {type(error).__name__}: {one_line(error)}") from error
-    if not callable(getattr(module, "extract", None)):
-        raise ValueError(f"backbone {path}: it must define a function extract(view) that returns features (N,C)")
-    return Backbone(str(path), module.extract)
+def builtin(view):
+    """The backbone without learned weights: no features, (N,0). The colour, which is added to all, stands alone."""
+    return torch.zeros(math.prod(view.grid), 0)
 
 
-@functools.lru_cache(maxsize=1)
-def load_backbone(backbone="auto", weights=None, branch="teacher", device="auto", progress=True):
-    """The Backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
-    colour alone; or a Python file, see `load_backbone_file`.
+def load_dino(weights=None, device="cpu", progress=True):
+    """DINO as a backbone. weights: a file, see `read_dino`; None: torch.hub's cache, filled by a download where needed.
 
-    weights, branch: see `load_dino`. Only "auto" without weights falls back, with a warning. The last result is cached;
-    after a change of FILE.py call load_backbone.cache_clear().
-    Raises ValueError for other names, and what load_dino and load_backbone_file raise.
+    Raises what `read_dino` and `download_dino` raise.
     """
-    if backbone not in ("auto", "dino"):
-        if weights:
-            raise ValueError(f"weights are for the dino backbone: leave them out with {backbone}")
-        return Backbone("builtin", None) if backbone == "builtin" else load_backbone_file(Path(backbone))
-    device = pick_device(device)
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1])
     try:
-        model = load_dino(weights, branch, progress)
-    except OSError as error:
-        if backbone == "dino":
+        model = read_dino(path)
+    except ValueError:  # missing or damaged
+        if weights:
             raise
-        log.warning("DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on "
-                    "another machine and pass it as --weights FILE.", error, DINO_URL)  # fmt: skip
-        return Backbone("builtin", None)
+        download_dino(path, progress)
+        model = read_dino(path)
     model.to(device)
 
-    def extract(view):
+    def dino(view):
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
         return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
 
-    return Backbone("dino", extract)
+    return dino
 
 
-def extract_features(backbone, view, device):
-    """A backbone's features of a View: (N,C), rows of norm 1, or None for the colour alone. Raises ValueError."""
-    if backbone.extract is None:
-        return None
-    n = math.prod(view.grid)
+def load_file(path):
+    """The backbone of a Python file that defines extract(view). Raises ValueError if it does not."""
+    spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
+    sys.path.append(str(path.parent.resolve()))  # for modules beside it
+    try:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # for dataclasses in it
+        spec.loader.exec_module(module)
+        extract = functools.wraps(module.extract)(lambda view: module.extract(view))
+    except (Exception, SystemExit) as error:  # whatever is wrong in it
+        message = f"{type(error).__name__}: {one_line(error)}; a Python file must define extract(view)"
+        raise ValueError(f"backbone {path}: {message}") from error
+    extract.__name__ = str(path)
+    return extract
+
+
+@functools.lru_cache(maxsize=1)
+def load_backbone(name="auto", weights=None, device="auto", progress=True):
+    """A backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
+    colour alone, with a warning; or a Python file that defines extract(view). weights: see `load_dino`.
+
+    Raises ValueError for weights beside another backbone than DINO, and what load_dino and load_file raise.
+    """
+    if name not in ("auto", "dino") and weights:
+        raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
+    if name == "builtin":
+        return builtin
+    if name not in ("auto", "dino"):
+        return load_file(Path(name))
+    try:
+        return load_dino(weights, pick_device(device), progress)
+    except OSError as error:
+        if name == "dino":
+            raise
+        log.warning("DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on "
+                    "another machine and pass it as --weights FILE.", error, DINO_URL)  # fmt: skip
+        return builtin
+
+
+def extract_features(extract, view, device):
+    """A backbone's features of a View: (N,C), rows of norm 1; C is 0 for the colour alone. Raises ValueError."""
+    (h, w), name = view.grid, getattr(extract, "__name__", "extract")
     try:
         with torch.no_grad():  # a copy of the image, as it may be changed in place
-            features = backbone.extract(dataclasses.replace(view, image=view.image.clone()))
+            features = extract(dataclasses.replace(view, image=view.image.clone())).to(device, torch.float32)
+        if features.ndim != 2 or len(features) != h * w or not features.isfinite().all():
+            raise ValueError(f"it must return finite ({h * w},C) for {h} x {w} patches, got {(*features.shape,)}")
     except (Exception, SystemExit) as error:
-        message = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"backbone {backbone.name}: extract failed: {message}") from error
-    if not isinstance(features, torch.Tensor):
-        raise ValueError(f"backbone {backbone.name}: extract must return a torch tensor, got {type(features).__name__}")
-    if features.ndim != 2 or len(features) != n or not features.shape[1]:
-        expected = f"({n},C) for {view.grid[0]} x {view.grid[1]} patches"
-        raise ValueError(f"backbone {backbone.name}: extract must return features {expected}, got {(*features.shape,)}")
-    features = features.detach().to(device, torch.float32)
-    if not features.isfinite().all():
-        raise ValueError(f"backbone {backbone.name}: extract returned values that are not finite numbers")
+        raise ValueError(f"backbone {name}: extract failed: {type(error).__name__}: {one_line(error)}") from error
     return F.normalize(features, dim=1)
 
 
@@ -996,7 +832,6 @@ def extract_features(backbone, view, device):
 DISC_RADII = np.geomspace(0.07, 0.65, 16)  # in shorter sides of the search area
 SIZE_EXPONENT, POINT_SIZE_EXPONENT = 0.6, 0.2  # a disc's score grows with its radius, less so where a point is given
 POINT_SIGMA = 0.35  # radii, how far the point may be from the centre of its disc
-RIM_SHARE, DISTINCT = 0.2, 1.0  # see `box_is_tight`
 # Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii,
 # to -L at 2 r. An object nearly fills a tight box; a disc is smaller than its object, less so at a point. Tuned.
 POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
@@ -1009,107 +844,108 @@ def pca(features, components):
     return centred @ axes.flip(1)[:, :components]
 
 
-def background_weights(area, field_of_view):
-    """The weight of each cell (h,w) as background, in [0,1]: large near the sides of an area, in cells, and outside."""
-    y, x = position_in(area, *field_of_view.shape)
-    return (0.05 + y**2 + x**2).clamp(max=1) * field_of_view
+def background_weights(view):
+    """The weight of each patch as background, (h,w) in [0,1]: large near the sides of the search area, and outside."""
+    y, x = view.position_in(view.search_area)
+    return (0.05 + y**2 + x**2).clamp(max=1) * view.field_of_view
 
 
-def remove_trend(features, weights, h, w):
-    """Features (N,C) of a grid (h,w) minus their quadratic trend over it, a least-squares fit with weights (N,).
+def remove_trend(features, view):
+    """Features (N,C) minus their quadratic trend over the image, a least-squares fit of the background.
 
     Learned features vary with the position in the frame, because of zero padding or position embeddings.
     """
-    y, x = (side.expand(h, w).flatten() for side in position_in((0, 0, h, w), h, w))
+    y, x = (side.expand(view.grid).flatten() for side in view.position_in((0, 0, *view.image.shape[1:])))
     terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=1)  # (N,6)
-    weighted = (terms * weights[:, None]).T
-    ridge = 1e-3 * weights.sum() * torch.eye(6)
+    weighted = (terms * (background_weights(view).flatten()[:, None] + 1e-3)).T
+    ridge = 1e-3 * weighted[0].sum() * torch.eye(6)
     return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
 
 
-def feature_map(features, mean_square, h, w):
-    """Features (N,C) of a grid (h,w) as a map (C,h,w), centred, of this mean square, with at most 12 channels."""
-    scale = (mean_square / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-    return (pca(features, 12) * scale).T.unflatten(1, (h, w))  # PCA nearly keeps the distances
+def feature_maps(view, deep, lab, colour_weight):
+    """The maps in which the object is searched: of the backbone's features (N,C), if any, and of the colours (N,3).
+
+    Each is (C,h,w) with at most 12 channels, centred; their mean squares are weighted as in `join_features`.
+    """
+    background = background_weights(view).flatten() + 1e-3
+    maps = []
+    for features, mean_square in ((remove_trend(deep.cpu(), view), 1 - colour_weight),
+                                  (colour_features(lab, background), colour_weight)):  # fmt: skip
+        if mean_square:
+            scale = (mean_square / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
+            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # PCA nearly keeps the distances
+    return maps
 
 
 def disc_contrasts(values, field_of_view, background, radii):
-    """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in cells.
+    """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in patches.
 
     values: (C,h,w). field_of_view: (h,w), 1 or 0. background: (h,w) weights. A contrast is the distance of two means;
     that to the ring is reduced where disc or ring lie partly outside the field of view.
     """
-    h, w = field_of_view.shape
     common = (values * background).sum((1, 2)) / background.sum().clamp(min=1e-6)
-    layers = torch.cat([values, torch.ones(1, h, w)]) * field_of_view  # (C+1,h,w), the last one counts cells
+    layers = torch.cat([values, torch.ones_like(values[:1])]) * field_of_view  # (C+1,h,w), the last one counts patches
     to_ring, to_background = [], []
     for radius in radii:
-        reach = int(1.4 * radius + 0.7)  # of the ring
-        distance = torch.hypot(*torch.meshgrid([torch.arange(-reach, reach + 1.0)] * 2, indexing="ij"))
+        side = torch.arange(-int(1.4 * radius + 0.7), int(1.4 * radius + 0.7) + 1.0)
+        distance = torch.hypot(side[:, None], side)
         disc = (distance <= radius).float()
         ring = (distance <= 1.4 * radius + 0.7).float() - disc
-        sums = F.conv2d(layers[:, None], torch.stack([disc, ring])[:, None], padding=reach)  # (C+1,2,h,w)
-        count = sums[-1]
-        means = sums[:-1] / count.clamp(min=1)
-        visible = count / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # a tiny grid has no ring
+        sums = F.conv2d(layers[:, None], torch.stack([disc, ring])[:, None], padding=len(side) // 2)  # (C+1,2,h,w)
+        means = sums[:-1] / sums[-1].clamp(min=1)
+        visible = sums[-1] / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # 1: all of it
         to_ring.append((means[:, 0] - means[:, 1]).norm(dim=0) * visible[0] * visible[1].sqrt())
         to_background.append((means[:, 0] - common[:, None, None]).norm(dim=0))
     return torch.stack(to_ring), torch.stack(to_background)
 
 
-def find_disc(maps, field_of_view, area, point=None):
-    """The disc (row, column, radius), in cells, that stands out from its surroundings: centre-surround contrast.
+def find_disc(maps, view, point=None):
+    """The disc that stands out from its surroundings, as an ellipse (y, x, radius, radius), px: centre-surround contrast.
 
-    maps: one or two (C,h,w). field_of_view: (h,w), 1 or 0. area: (y0, x0, y1, x1) in cells, the search area.
-    point: (row, column), given by the user.
+    maps: from `feature_maps`. point: (y, x) px, given by the user.
     First the most salient point: the centre of the disc with the largest product of its contrasts to its ring and to
     the background (Itti, Koch and Niebur 1998; Achanta et al. 2009), over all maps, as the object stands out in each.
     Then the size: of the discs near that point, or near the user's, the one with the largest contrast to its ring.
     """
-    h, w = field_of_view.shape
-    y, x = position_in(area, h, w)
+    (cy, cx), (y, x), (y0, x0, y1, x1) = view.centres(), view.position_in(view.search_area), view.search_area
     inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # an object seldom touches the border
-    radii = torch.from_numpy(DISC_RADII).float() * min(area[2] - area[0], area[3] - area[1])
-    background = background_weights(area, field_of_view)
-    contrasts = [disc_contrasts(values, field_of_view, background, radii) for values in maps]
-    radii = radii[:, None, None]
+    radii = torch.from_numpy(DISC_RADII).float() * min(y1 - y0, x1 - x0)  # px
+    background = background_weights(view)
+    contrasts = [disc_contrasts(values, view.field_of_view, background, radii / view.stride) for values in maps]
+    radii, exponent = radii[:, None, None], SIZE_EXPONENT if point is None else POINT_SIZE_EXPONENT
 
     def best(score):  # (R,h,w)
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
-        return int(row), int(column), float(radii[number])
+        return float(cy[row]), float(cx[0, column]), float(radii[number]), float(radii[number])
 
-    exponent = SIZE_EXPONENT if point is None else POINT_SIZE_EXPONENT
     if point is None:
         # The bound keeps the other map's contrasts where one map is constant
         salience = math.prod((to_ring * to_background.sqrt()).clamp(min=1e-12) for to_ring, to_background in contrasts)
         point = best(salience ** (1 / len(maps)) * radii**exponent * inland)[:2]
-    point_distance = torch.hypot(torch.arange(float(h))[:, None] - point[0], torch.arange(float(w)) - point[1])
-    near = torch.exp(-((point_distance / radii / POINT_SIGMA) ** 2) / 2)
+    near = torch.exp(-((torch.hypot(cy - point[0], cx - point[1]) / radii / POINT_SIGMA) ** 2) / 2)
     to_ring = sum(to_ring.square() for to_ring, _ in contrasts).sqrt()  # in the maps side by side
     return best(to_ring * radii**exponent * near)
 
 
-def box_is_tight(maps, field_of_view, area):
-    """Whether the object fills the user's box; if not, it is somewhere inside. Arguments as for `find_disc`.
+def box_is_tight(maps, view):
+    """Whether the object fills the user's box; if not, it is somewhere inside.
 
     The box is loose if, in every map, the rim of the inscribed ellipse is similar to the outside of the box: less than
-    RIM_SHARE of the way to the middle. It is taken as tight if in a map middle and outside differ by less than DISTINCT
-    standard deviations, as such a map cannot tell.
+    0.2 of the way to the middle. It is taken as tight if in a map middle and outside differ by less than one standard
+    deviation, as such a map cannot tell.
     """
-    y, x = position_in(area, *field_of_view.shape)
-    distance, visible = torch.hypot(y, x), field_of_view > 0
+    y, x = view.position_in(view.search_area)
+    distance, visible = torch.hypot(y, x), view.field_of_view > 0
     middle, rim = visible & (distance <= 0.5), visible & (distance > 0.7) & (distance <= 1)
     outside = visible & ((y.abs() > 1) | (x.abs() > 1))
-    if not (middle.any() and rim.any()):
-        return True
-    if not outside.any():  # the box is the whole photograph
-        return False
+    if not (middle.any() and rim.any() and outside.any()):
+        return bool(outside.any())  # without an outside the box is the whole photograph
     for values in maps:
-        inner, edge, outer = (values[:, cells].mean(1) for cells in (middle, rim, outside))
+        inner, edge, outer = (values[:, part].mean(1) for part in (middle, rim, outside))
         axis = F.normalize(inner - outer, dim=0)
-        spread = torch.stack([(axis @ values[:, cells]).var(correction=0) for cells in (middle, outside)]).mean().sqrt()
+        variance = sum((axis @ values[:, part]).var(correction=0) for part in (middle, outside)) / 2
         step = axis @ (inner - outer)
-        if step <= DISTINCT * spread or axis @ (edge - outer) > RIM_SHARE * step:
+        if step <= variance.sqrt() or axis @ (edge - outer) > 0.2 * step:
             return True
     return False
 
@@ -1117,39 +953,24 @@ def box_is_tight(maps, field_of_view, area):
 def locate_object(view, deep, lab, config, box=None, point=None):
     """The View with the object's ellipse: the user's box if it is tight, else the disc from `find_disc`.
 
-    deep: a backbone's features (N,C), or None. lab: colours of the patches (N,3). box, point: as in `segment`.
+    deep: a backbone's features (N,C). lab: colours of the patches (N,3). box, point: from `check_prompt`.
     """
-
-    def cells(values):  # the patches that do not overlap, one for each cell of 8 px
-        step = PATCH // view.stride
-        return values.unflatten(0, view.grid)[::step, ::step].flatten(0, 1)
-
-    (h, w), area = view.field_of_view.shape, [side / PATCH for side in view.search_area]
-    background = (background_weights(area, view.field_of_view) + 1e-3).flatten()
-    colour_weight = 1 if deep is None else config.colour
-    maps = []  # one or two, weighted as in `join_features`
-    if deep is not None:
-        maps.append(feature_map(remove_trend(cells(deep).cpu(), background, h, w), 1 - colour_weight, h, w))
-    if colour_weight:
-        maps.append(feature_map(colour_features(cells(lab), background), colour_weight, h, w))
-    if box and box_is_tight(maps, view.field_of_view, area):
+    maps = feature_maps(view, deep, lab, config.colour if deep.shape[1] else 1)
+    if box and box_is_tight(maps, view):
         y0, x0, y1, x1 = view.search_area
         ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
         return dataclasses.replace(view, ellipse=ellipse, prompt="box")
-    searched = view.field_of_view
-    if point:
-        top, left, bottom, right = view.crop
-        point = (point[1] + 0.5) * h / (bottom - top) - 0.5, (point[0] + 0.5) * w / (right - left) - 0.5
-        at = min(max(round(point[0]), 0), h - 1), min(max(round(point[1]), 0), w - 1)
-        searched = searched if searched[at] else torch.ones(h, w)  # what the user points at is no frame
-    row, column, radius = find_disc(maps, searched, area, point)
-    ellipse = PATCH * (row + 0.5), PATCH * (column + 0.5), PATCH * radius, PATCH * radius
-    view = dataclasses.replace(view, ellipse=ellipse)
-    if point:
-        distance = torch.hypot(torch.arange(float(h))[:, None] - row, torch.arange(float(w)) - column) / radius
-        near = (distance <= POSITION_PRIOR["point"][1]).float()  # the object is larger than the disc
-        view = dataclasses.replace(view, prompt="point", field_of_view=torch.maximum(view.field_of_view, near))
-    return view
+    if not point:
+        return dataclasses.replace(view, ellipse=find_disc(maps, view))
+    y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.opaque.shape))
+    nearest = sum((centre - at) ** 2 for centre, at in zip(view.centres(), (y, x))).argmin()
+    searched, reach = view, 1.0
+    if not view.field_of_view.flatten()[nearest]:  # what the user points at is no frame
+        searched = dataclasses.replace(view, field_of_view=torch.ones(view.grid))
+        reach = POSITION_PRIOR["point"][1]
+    view = dataclasses.replace(view, ellipse=find_disc(maps, searched, (y, x)), prompt="point")
+    inside = (view.distance_in_radii() <= reach).float()  # nor is what lies in its disc
+    return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside))
 
 
 def weigh_nodes(view, fade_radii):
@@ -1157,30 +978,29 @@ def weigh_nodes(view, fade_radii):
     ellipse; a fade_radii of 0 disables the fall."""
     fade = torch.exp(-((view.distance_in_radii() / fade_radii) ** 4) / 2) if fade_radii else torch.ones(view.grid)
     fade = F.threshold(fade, 1e-6, 0.0)  # products of smaller weights are denormal, which is slow on a CPU
-    return (fade * view.valid_patches()).flatten()
+    return (fade * view.field_of_view).flatten()
 
 
 @standard_torch()
-def extract_nodes(photo, config, backbone, device="cpu", box=None, point=None):
+def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), node weights (N,).
 
-    photo: (height,width,3) uint8, or (height,width,4) from `load_image`. box, point: as in `segment`.
-    Raises ValueError for a box or point that cannot be used, or both, and for a backbone that fails.
+    photo: (height,width,3) uint8, or (height,width,4) from `load_image`. extract: a backbone. box, point: as in
+    `segment`. Raises ValueError for a box or point that cannot be used, or both, and for a backbone that fails.
     """
-    if box is not None and point is not None:
-        raise ValueError("a box and a point are given: give one of them")
-    box, point = check_prompt("box", box, *photo.shape[:2]), check_prompt("point", point, *photo.shape[:2])
+    box, point = check_prompt(box, point, *photo.shape[:2])
     view = view_photograph(photo, config, box)
-    deep = None if config.colour == 1 else extract_features(backbone, view, device)
+    deep = extract_features(extract, view, device) if config.colour < 1 else torch.zeros(math.prod(view.grid), 0)
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
     view = locate_object(view, deep, lab, config, box, point)
-    background = (view.distance_in_radii() > 1) * view.valid_patches() + 1e-3
-    colour = colour_features(lab, background.flatten()).to(device)
-    features = join_features(deep, colour, config.colour)
+    background = ((view.distance_in_radii() > 1) * view.field_of_view + 1e-3).flatten()
+    colour = colour_features(lab, background).to(device)
+    features = join_features(deep, colour, config.colour) if deep.shape[1] else colour
     return view, features, weigh_nodes(view, config.fade_radii).to(device)
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
+
 
 def order_clusters(view, assignment, node_weights):
     """The clusters in order from background to object: the assignment (N,K), and the number of background clusters.
@@ -1188,10 +1008,9 @@ def order_clusters(view, assignment, node_weights):
     A cluster is foreground if it is more common inside the ellipse than in the whole graph, nodes counting by weight.
     Of two clusters exactly one is, unless both are equally common. The rule is ours, as the paper states none.
     """
-    inside_weights = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
-    inside, overall = (weights @ assignment / weights.sum().clamp(min=1e-6)
-                       for weights in (inside_weights, node_weights))  # (K,) each  # fmt: skip
-    excess = inside / overall.clamp(min=1e-6) - 1
+    inside = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
+    shares = [weights @ assignment / weights.sum().clamp(min=1e-6) for weights in (inside, node_weights)]  # (K,) each
+    excess = shares[0] / shares[1].clamp(min=1e-6) - 1
     return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
 
 
@@ -1211,10 +1030,9 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
         mean_similarity = mean_similarity / node_weights.clamp(min=1e-12)[:, None]
         mean_similarity = mean_similarity / (node_weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1]
         logs = mean_similarity.clamp(min=0.01).log()  # smaller similarities are noise
-        log_odds = config.similarity_weight * (logs[:, 0] - logs[:, 1])
         strength, radius = POSITION_PRIOR[view.prompt]
         prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
-        foreground = torch.sigmoid(log_odds + prior.to(log_odds))
+        foreground = torch.sigmoid(config.similarity_weight * (logs[:, 0] - logs[:, 1]) + prior.to(logs))
     return foreground * (node_weights > 0)
 
 
@@ -1249,26 +1067,20 @@ def make_mask(view, assignment, adjacency, node_weights, config):
     maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
     refined = 1 if config.clusters == 2 else 1 + config.clusters  # for two clusters the foreground is enough
-    maps = np.concatenate([refine_maps(view, maps[..., :refined], config), maps[..., refined:]], axis=2)
+    maps[..., :refined] = refine_maps(view, maps[..., :refined], config)
 
     y0, x0, y1, x1 = view.crop
-    shown = y1 - y0, x1 - x0  # height and width of what the View shows
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
-    maps = F.interpolate(maps, size=shown, mode="bilinear", antialias=True)[0].numpy()  # (1+K,*shown)
-    sy, sx = shown[0] / view.image.shape[1], shown[1] / view.image.shape[2]
+    maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,*crop)
+    sy, sx = maps.shape[1] / view.image.shape[1], maps.shape[2] / view.image.shape[2]
     top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, (sy, sx, sy, sx)))
-
-    size = view.opaque.shape
-    probability, labels = np.zeros(size, np.float32), np.zeros(size, np.uint8)  # 0 outside the search area
-    probability[y0:y1, x0:x1][top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)
+    probability, labels = np.zeros(view.opaque.shape, np.float32), np.zeros(view.opaque.shape, np.uint8)
+    probability[y0:y1, x0:x1][top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)  # 0 outside
     probability *= view.opaque
     mask = clean_mask(probability > 0.5, config.keep_components) & view.opaque
     # The most likely cluster: of the foreground clusters inside the mask, of the others outside
     allowed = (np.arange(config.clusters) >= n_background)[:, None, None] == mask[y0:y1, x0:x1]
     labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
-    if config.invert and n_background < config.clusters:  # without an object there is nothing to swap
-        mask, probability, labels = ~mask, 1 - probability, config.clusters - 1 - labels
-        assignment = assignment.flip(1)
     assignment = assignment.cpu().unflatten(0, view.grid).numpy()
     return {"mask": mask, "probability": probability, "labels": labels, "assignment": assignment}
 
@@ -1288,140 +1100,113 @@ class Segmentation:
     view: View  # the resized image, and the object's ellipse
     features: torch.Tensor  # f (N,C), rows of norm 1
     node_weights: torch.Tensor  # (N,)
-    network: UnSegMedGAT  # after the last step
-    modularity: float  # Q of the clusters, eq. (6); near 0 where the graph has no communities
-    losses: list  # the loss before every step
+    fit: Fit  # the network, its losses and the modularity of its clusters
     backbone: str  # its name
-    seconds: dict  # wall-clock time of each stage
-
-
-def why_empty(view, fitted):
-    """Why the mask of a View and its Fit is empty: a text."""
-    excluded = 1 - view.field_of_view.mean().item()
-    if excluded == 1:
-        return "all of the image is taken for a dark frame, for a sticker, or transparent"
-    if not fitted.has_communities:
-        return f"no communities were found in {len(fitted.losses)} epochs"
-    return f"nothing is more likely object than background; {excluded:.0%} of the image is excluded as frame or sticker"
 
 
 @standard_torch()
-def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, branch="teacher",
-            device="auto", shared=None, progress=False):  # fmt: skip
+def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, device="auto", shared=None):
     """Segment one photograph: the whole method.
 
     image: a path, a PIL image, or a uint8 array (height,width,3) or (height,width).
     box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, tight or loose; the rest is
         background.
     point: (x, y) px, near the middle of the object. Without box and point the object is searched in the whole image.
-    backbone: "auto", "dino", "builtin", a Python file, or a Backbone; weights, branch: see `load_backbone`.
+    backbone: "auto", "dino", "builtin", a Python file, or a function; weights: see `load_backbone`.
     device: "auto", "cpu", "cuda" or "mps".
     shared: a state_dict from `fit_collective`; without it config.shared_epochs has no effect.
-    progress: show a progress bar while DINO's weights are downloaded.
-    Returns a Segmentation. Raises ImageError for an image that cannot be segmented, and ValueError or OSError for a
-    prompt, weights, a backbone or a device that cannot be used.
+    Returns a Segmentation; a warning says why a mask is empty. Raises ImageError for an image that cannot be segmented,
+    and ValueError or OSError for a prompt, weights, a backbone or a device that cannot be used.
     """
     device = pick_device(device)
-    if not isinstance(backbone, Backbone):
-        backbone = load_backbone(backbone, weights, branch, device, progress)
-    clock = [time.perf_counter()]
+    extract = backbone if callable(backbone) else load_backbone(backbone, weights, device)
     photo = load_image(image)
-    clock.append(time.perf_counter())
-    view, features, node_weights = extract_nodes(photo, config, backbone, device, box, point)
-    clock.append(time.perf_counter())
+    view, features, node_weights = extract_nodes(photo, config, extract, device, box, point)
     adjacency = build_graph(features, config.tau, node_weights)
     fitted = fit(features, adjacency, config, shared)
-    clock.append(time.perf_counter())
     maps = make_mask(view, fitted.assignment, adjacency, node_weights, config)
-    clock.append(time.perf_counter())
     if not maps["mask"].any():
-        name = image if isinstance(image, (str, Path)) else "the image"
-        log.warning("%s: the mask is empty: %s", name, why_empty(view, fitted))
-    seconds = dict(zip(("read", "features", "fit", "mask"), np.diff(clock).tolist()))
-    return Segmentation(image=photo[..., :3], **maps, view=view, features=features, node_weights=node_weights,
-                        network=fitted.network, modularity=fitted.modularity, losses=fitted.losses,
-                        backbone=backbone.name, seconds=seconds)  # fmt: skip
+        excluded = (view.field_of_view == 0).float().mean().item()
+        reason = "no communities were found" if fitted.modularity < MIN_MODULARITY else "nothing is left after cleaning"
+        log.warning("%s: the mask is empty: %s; %.0f %% of the image is excluded as dark frame, sticker or transparent",
+                    image if isinstance(image, (str, Path)) else "the image",
+                    "everything is excluded" if excluded == 1 else reason, 100 * excluded)  # fmt: skip
+    name = getattr(extract, "__name__", "extract")
+    return Segmentation(photo[..., :3], **maps, view=view, features=features, node_weights=node_weights, fit=fitted,
+                        backbone=name)  # fmt: skip
 
 
-# Pictures ------------------------------------------------------------------------------------------------------
+# Pictures, by torchvision, which takes over a second to import -------------------------------------------------
 
-MASK_COLOUR = (0, 200, 120)
-PALETTE = (0, 0, 0, *MASK_COLOUR, 240, 200, 0, 60, 120, 240, 230, 60, 60, 160, 80, 200, 0, 200, 220, 250, 130, 180)
-
-
-def draw_contour(rgb, mask, colour, width):
-    """Draw the outline of a mask (height,width) bool into an image (height,width,3) uint8, inwards, `width` px."""
-    rgb[mask ^ ndimage.binary_erosion(mask, iterations=width)] = colour
+PALETTE = [(0, 0, 0), (0, 200, 120), (240, 200, 0), (60, 120, 240), (230, 60, 60), (160, 80, 200), (0, 200, 220),
+           (250, 130, 180)]  # fmt: skip
 
 
 def overlay(rgb, mask):
-    """The image (height,width,3) uint8 with the mask (height,width) bool tinted and outlined: a PIL image."""
-    tinted = np.where(mask[..., None], 0.8 * rgb + np.multiply(0.2, MASK_COLOUR), rgb).astype(np.uint8)
-    draw_contour(tinted, mask, MASK_COLOUR, max(1, round(min(mask.shape) / 200)))
-    return Image.fromarray(tinted)
+    """The image (height,width,3) uint8 with the mask (height,width) bool tinted: a PIL image."""
+    from torchvision.utils import draw_segmentation_masks
+
+    image = torch.from_numpy(rgb.transpose(2, 0, 1).copy())
+    tinted = draw_segmentation_masks(image, torch.from_numpy(mask), alpha=0.4, colors=[PALETTE[1]])
+    return Image.fromarray(tinted.permute(1, 2, 0).numpy())
 
 
 def heatmap(values):
-    """Values (h,w) in [0,1] as colours from black over red and yellow to white: a PIL image."""
-    return Image.fromarray((np.clip(np.asarray(values)[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8))
+    """Values (h,w) as colours, from black for 0 over red and yellow to white for the largest: a PIL image."""
+    values = np.asarray(values) / max(float(values.max()), 1e-12)
+    return Image.fromarray((np.clip(values[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8))
 
 
-def captioned(text, picture, size):
-    """A PIL image resized to (width, height), below its caption."""
-    of_patches = min(picture.size) < min(size) / 2  # these are shown as squares
-    framed = Image.new("RGB", (size[0], size[1] + 24), "white")
-    framed.paste(picture.resize(size, Image.NEAREST if of_patches else Image.LANCZOS), (0, 24))
-    ImageDraw.Draw(framed).text((2, 3), text, "black", ImageFont.load_default(14))
-    return framed
-
-
-def image_grid(tiles, columns):
-    """PIL images of one size in a grid of so many columns: a PIL image."""
-    from torchvision.transforms.functional import to_pil_image, to_tensor  # they take over a second to import
+def captioned_grid(pictures, size, columns):
+    """Pairs (caption, PIL image), the images resized to (width, height), in a grid of so many columns: a PIL image."""
+    from torchvision.transforms.functional import to_pil_image, to_tensor
     from torchvision.utils import make_grid
 
-    return to_pil_image(make_grid([to_tensor(tile) for tile in tiles], nrow=columns, padding=6, pad_value=1.0))
+    tiles = []
+    for caption, picture in pictures:
+        tile = Image.new("RGB", (size[0], size[1] + 24), "white")
+        few = picture.width < size[0] / 2  # patches, which are shown as squares
+        tile.paste(picture.resize(size, Image.NEAREST if few else Image.LANCZOS), (0, 24))
+        ImageDraw.Draw(tile).text((2, 3), caption, "black", ImageFont.load_default(14))
+        tiles.append(to_tensor(tile))
+    return to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=1.0))
 
 
 def explain(result, config):
     """The stages of a Segmentation side by side: a PIL image. The blue patch is the surest one of the object."""
-    view, (h, w) = result.view, result.view.grid
-    located, (y, x, ry, rx) = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy()), view.ellipse
-    ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=MASK_COLOUR, width=3)
+    view, (h, w), (y, x, ry, rx) = result.view, result.view.grid, result.view.ellipse
+    located = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy())
+    ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=PALETTE[1], width=3)
+    components = F.pad(pca(result.features.cpu(), 3), (0, 3))[:, :3]
+    components = (components - components.amin(0)) / (components.amax(0) - components.amin(0)).clamp(min=1e-6)
 
-    components = F.pad(pca(result.features.cpu(), 3), (0, max(0, 3 - result.features.shape[1])))
-    low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
-    colours = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, (h, w)).numpy()
-
-    adjacency = build_graph(result.features, config.tau, result.node_weights)
-    x = centre_and_scale(result.features, adjacency)
+    adjacency, network = build_graph(result.features, config.tau, result.node_weights), result.fit.network
     node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * result.node_weights.cpu()).argmax())
     with torch.no_grad():
-        _, score_dst, score_src = result.network.series[0][0].project(x)  # the first layer of the first series
+        _, score_dst, score_src = network.series[0][0].project(centre_and_scale(result.features, adjacency))
         alpha = attention_weights(score_dst[:, node : node + 1], score_src, adjacency[node : node + 1])  # (H,1,N)
-    rows = []
-    for values in (adjacency[node], alpha.mean(0)[0]):
-        rows.append(heatmap((values / values.max().clamp(min=1e-12)).unflatten(0, (h, w)).cpu().numpy()))
-        rows[-1].putpixel((node % w, node // w), (0, 160, 255))
+    edges, attended = (heatmap(row.unflatten(0, (h, w)).cpu()) for row in (adjacency[node], alpha.mean(0)[0]))
+    for picture in (edges, attended):
+        picture.putpixel((node % w, node // w), (0, 160, 255))
 
     y0, x0, y1, x1 = view.crop
     scale = 256 / min(y1 - y0, x1 - x0)
-    size = round((x1 - x0) * scale), round((y1 - y0) * scale)
-    pictures = {
-        "1  where the object is, roughly": located,
-        f"2  features ({Path(result.backbone).name}), PCA": Image.fromarray((colours * 255).astype(np.uint8)),
-        "3  graph: edges of the blue patch": rows[0],
-        "4  its attention, first layer": rows[1],
-        "5  soft assignment": heatmap(result.assignment[..., -1]),
-        "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]),
-    }
-    return image_grid([captioned(text, picture, size) for text, picture in pictures.items()], columns=3)
+    colours = Image.fromarray((components.unflatten(0, (h, w)).numpy() * 255).astype(np.uint8))
+    pictures = [
+        ("1  where the object is, roughly", located),
+        (f"2  features ({Path(result.backbone).name}), PCA", colours),
+        ("3  graph: edges of the blue patch", edges),
+        ("4  its attention, first layer", attended),
+        ("5  soft assignment", heatmap(result.assignment[..., -1])),
+        ("6  mask", overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1])),
+    ]
+    return captioned_grid(pictures, (round((x1 - x0) * scale), round((y1 - y0) * scale)), columns=3)
 
 
 def palette_image(labels):
     """Labels (height,width) uint8 as a palette image: its pixels are the labels, its palette makes them visible."""
     picture = Image.fromarray(labels)
-    picture.putpalette((PALETTE + PALETTE[3:] * 37)[:768])  # all 256 colours, or Pillow would save fewer bits
+    picture.putpalette(np.ravel(PALETTE).tolist())
     return picture
 
 
@@ -1429,50 +1214,43 @@ def palette_image(labels):
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm"}
 OUTPUTS = {  # what each is, and the function of a Segmentation and a Config that makes its PIL image
-    "probability": ("8 bit", lambda result, _: Image.fromarray(np.rint(result.probability * 255).astype(np.uint8))),
+    "mask": ("255 for the object", lambda result, _: Image.fromarray(result.mask.astype(np.uint8) * 255)),
+    "probability": ("8 bit", lambda result, _: Image.fromarray((result.probability * 255).round().astype(np.uint8))),
     "labels": ("the clusters as a palette image", lambda result, _: palette_image(result.labels)),
     "overlay": ("the mask over the photograph", lambda result, _: overlay(result.image, result.mask)),
     "explain": ("the stages side by side", explain),
-    "mask": (None, lambda result, _: Image.fromarray(result.mask.astype(np.uint8) * 255)),
 }
 
 
-def parse_ints(text):
-    """A text such as 1,2,3 as a tuple of integers."""
-    return tuple(int(number) for number in text.split(","))
-
-
 def parse_numbers(text):
-    """A text such as 1,2.5,3 as a tuple of numbers."""
-    return tuple(float(number) for number in text.split(","))
+    """A text such as 10,20.5,80 as a tuple of numbers."""
+    return tuple(int(number) if number.strip().isdigit() else float(number) for number in text.split(","))
 
 
-def add_config_flags(parser):
-    """Add a flag for every field of Config, with its help, choices and default."""
+def add_common_flags(parser, presets):
+    """Add the flags that both programs have: the backbone, the device, and one for every field of Config."""
+    add = parser.add_argument
+    add("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, the colour alone; auto (default), "
+        "DINO's if available; FILE.py, which defines extract(view)")  # fmt: skip
+    add("--weights", type=Path, help="file with DINO's weights; default: torch.hub's, or a download")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--quiet", action="store_true", help="print results, warnings and errors only")
+    add("--preset", choices=presets, help="settings of the paper, where it states them; other flags override them")
     group = parser.add_argument_group("hyper-parameters (source of the default in brackets)")
     for field in dataclasses.fields(Config):
-        flag, default, info = "--" + field.name.replace("_", "-"), field.default, field.metadata
-        if isinstance(default, bool):
+        kind, default, info = type(field.default), field.default, field.metadata
+        kwargs = {"type": parse_numbers if kind is tuple else kind, "choices": info["choices"]}
+        if kind is bool:
             kwargs = {"action": argparse.BooleanOptionalAction}
-        else:
-            kwargs = {"type": parse_ints if isinstance(default, tuple) else type(default), "choices": info["choices"]}
         text = f"{info['help']}; default {default} [{info['source']}]"
-        group.add_argument(flag, default=default, help=text, **kwargs)
+        group.add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **kwargs)
 
 
-def add_backbone_flags(parser):
-    """Add the flags that choose the features and the device; both programs have them."""
-    parser.add_argument("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, the colour alone; "
-                        "auto (default), DINO's if available; FILE.py, which defines extract(view)")  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="file with DINO's weights; default: torch.hub's, or a download")
-    parser.add_argument("--branch", choices=["teacher", "student"], default="teacher",
-                        help="which network of DINO's full checkpoint; default teacher")  # fmt: skip
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-
-
-def config_from_args(args):
-    """The Config of parsed arguments. Raises ValueError for a value out of range."""
-    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+def parse_args(parser, argv=None, presets=PRESETS):
+    """The parsed arguments, and their Config; a preset changes the defaults, flags that are given override it."""
+    parser.set_defaults(**presets.get(parser.parse_args(argv).preset, {}))
+    args = parser.parse_args(argv)
+    return args, Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
 
 
 def build_parser():
@@ -1485,29 +1263,15 @@ def build_parser():
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
-    add_prompt = parser.add_mutually_exclusive_group().add_argument
-    add_prompt("--point", type=parse_numbers, action="append", metavar="X,Y", help="px, near the middle of the object")
-    add_prompt("--box", type=parse_numbers, action="append", metavar="X0,Y0,X1,Y1",
-               help="px, a rectangle around the object, tight or loose; the rest is background")  # fmt: skip
-    for kind, (what, _) in OUTPUTS.items():
-        if what:
-            add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {what}")
-    add_backbone_flags(parser)
-    add("--preset", choices=PRESETS, help="the paper's settings, where it states them")
+    add("--point", type=parse_numbers, action="append", default=[], metavar="X,Y",
+        help="px, near the middle of the object")  # fmt: skip
+    add("--box", type=parse_numbers, action="append", default=[], metavar="X0,Y0,X1,Y1",
+        help="px, a rectangle around the object, tight or loose; the rest is background")  # fmt: skip
+    for kind in [*OUTPUTS][1:]:
+        add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {OUTPUTS[kind][0]}")
     add("--skip-existing", action="store_true", help="skip images whose outputs all exist")
-    add("--workers", type=int, default=0, metavar="N", help="processes that segment images side by side, one for two "
-        "images at most; default: the number of cores, or OMP_NUM_THREADS, at most 4 on a GPU")  # fmt: skip
-    add("--quiet", action="store_true", help="print warnings and errors only")
-    add("--verbose", action="store_true", help="print the seconds of every stage")
-    add_config_flags(parser)
+    add_common_flags(parser, PRESETS)
     return parser
-
-
-def parse_args(parser, argv=None, presets=PRESETS):
-    """The parsed arguments; a preset changes the defaults, and flags that are given override it."""
-    args = parser.parse_args(argv)
-    parser.set_defaults(**presets.get(args.preset, {}))
-    return parser.parse_args(argv)
 
 
 def is_image(path):
@@ -1521,45 +1285,36 @@ def list_images(folder):
     images = [path for path in entries if is_image(path)]
     if not images:
         raise ValueError(f"{folder}: there is no image in this folder")
-    kinds = Counter("folder" if path.is_dir() else path.suffix.lower() or "without suffix"
-                    for path in {*entries} - {*images})  # fmt: skip
-    if kinds and rank_and_world()[0] == 0:
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        log.warning("%s: %d entries are skipped, as they are not images that are read here: %s",
-                    folder, kinds.total(), counts)  # fmt: skip
+    if skipped := len(entries) - len(images):
+        log.warning("%s: %d entries are skipped, as they are not images that are read here", folder, skipped)
     return images
 
 
 def plan_outputs(args):
     """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
-    images, output = [], args.output
-    folders = {os.path.realpath(path if path.is_dir() else path.parent) for path in args.images}
-    if output.is_dir() and os.path.realpath(output) in folders:  # a mask could replace a photograph, or become an input
-        raise ValueError(f"{output}: holds input images; choose another folder for the masks")
-    for path in args.images:
-        images += list_images(path) if path.is_dir() else [path]
-    images = [*{os.path.abspath(path): path for path in reversed(images)}.values()][::-1]  # each once
+    images = [image for path in args.images for image in (list_images(path) if path.is_dir() else [path])]
+    images = [*{os.path.abspath(image): image for image in images}.values()]  # each once
+    inputs, output = {os.path.realpath(image) for image in images}, args.output
     single = output.suffix.lower() == ".png" and not output.is_dir()
     if single and (len(images) > 1 or args.images[0].is_dir()):
         raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
-    if not single and not output.is_dir() and (output.suffix or output.exists()):
+    if not single and output.suffix and not output.is_dir():
         raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
-
-    kinds = [kind for kind, (what, _) in OUTPUTS.items() if not what or getattr(args, kind)]
-    plan, taken = [], {os.path.realpath(image): "an input" for image in images}
+    if not single and os.path.realpath(output) in {os.path.dirname(path) for path in inputs}:
+        raise ValueError(f"{output}: holds input images; choose another folder for the masks")
+    if not os.access(output if output.is_dir() else output.parent, os.W_OK):
+        raise ValueError(f"{output}: there is no such folder, or no permission to write there")
+    plan, taken = [], inputs
     for image in images:
         mask = output if single else output / f"{image.stem}.png"
-        outputs = {kind: mask if kind == "mask" else mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds}
+        outputs = {"mask": mask} | {kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in OUTPUTS
+                                    if getattr(args, kind, False)}  # fmt: skip
         for path in outputs.values():
-            real = os.path.realpath(path)
-            if path.is_dir() or real in taken:
-                raise ValueError(f"{path}: would be written for {image}, but it is {taken.get(real, 'a folder')}; "
-                                 "choose another output, or rename an image")  # fmt: skip
-            taken[real] = f"written for {image}"
+            if path.is_dir() or os.path.realpath(path) in taken:
+                raise ValueError(f"{path}: written for {image}, it would overwrite an input, a folder or another "
+                                 "output: choose another output, or rename an image")  # fmt: skip
+            taken.add(os.path.realpath(path))
         plan.append((image, outputs))
-    folder = output if output.is_dir() else output.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f"{folder}: there is no such folder, or no permission to write there")
     return plan
 
 
@@ -1574,35 +1329,12 @@ def atomic_write(path):
         part.unlink(missing_ok=True)
 
 
-def remove_stale_parts(folder):
-    """Remove the parts that killed runs have left in a folder: those of over an hour, as writing one takes seconds."""
-    for path in folder.glob(f".{'[0-9a-f]' * 32}.part"):
-        with contextlib.suppress(OSError):  # another run may remove it first
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink()
-
-
 def print_line(text):
     """Print a line. If that fails (`| head`, a closed terminal, a full disk), print nothing from then on."""
     try:
         print(text + "\n", end="", flush=True)  # in one piece, as several ranks may print
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open to the end of the process
-
-
-def segment_to_files(item, config, segment_kwargs, verbose):
-    """Segment the image of an item (number, image, outputs): (a message, None), or (None, the error in one line)."""
-    start, (_, image, outputs) = time.perf_counter(), item
-    try:
-        result = segment(image, config, **segment_kwargs)
-        for kind, path in outputs.items():
-            with atomic_write(path) as part:
-                OUTPUTS[kind][1](result, config).save(part, format="PNG")
-    except Exception as error:  # whatever happens to one image, the others are done
-        return None, one_line(error)
-    message = (f"foreground {result.mask.mean():.1%}, modularity {result.modularity:.3f}, backbone {result.backbone}, "
-               f"{time.perf_counter() - start:.1f} s")  # fmt: skip
-    return message + "".join(f", {stage} {t:.2f} s" for stage, t in result.seconds.items() if verbose), None
 
 
 def rank_and_world():
@@ -1612,151 +1344,52 @@ def rank_and_world():
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def all_gather(value):
-    """The value of every rank of a torch.distributed run, in order; [value] outside one."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        distributed.all_gather_object(values, value)
-    return values
-
-
-def backbone_from_args(args, device):
-    """The Backbone of parsed arguments. Raises ValueError if the ranks of a run have different ones."""
-    backbone = load_backbone(args.backbone, args.weights, args.branch, device, not args.quiet)
-    if len(set(all_gather(backbone.name))) > 1:
-        raise ValueError("DINO's weights are available to some ranks only: pass --weights, or --backbone builtin")
-    return backbone
-
-
-def prompts_from_args(args):
-    """{"box": four numbers or None, "point": two or None}. Raises ValueError for another number of them."""
-    prompts = {}
-    for name, count in ("box", 4), ("point", 2):
-        given = getattr(args, name) or [None]
-        if len(given) > 1:
-            raise ValueError(f"--{name} is given {len(given)} times, but one object is segmented: give it once")
-        if given[0] and len(given[0]) != count:
-            raise ValueError(f"--{name} needs {count} numbers with commas between")
-        prompts[name] = given[0]
-    return prompts
-
-
-def shared_parameters(extractors, config, device, quiet):
-    """The parameters of the collective phase over all images that can be read.
-
-    extractors: functions that return what `extract_nodes` returns, one for each image. An image that fails is left out
-    here; its own turn reports the error.
-    """
-    node_sets = []
-    for extract in extractors:
-        with contextlib.suppress(Exception):
-            _, features, node_weights = extract()
-            node_sets.append((features.cpu(), node_weights.cpu()))
-    if len({features.shape[1] for features, _ in node_sets}) > 1:
-        raise ValueError("the backbone's features differ in width between images: shared epochs need one width")
-    return fit_collective(node_sets, config, device, quiet)
-
-
-def segment_all(args):
+def segment_all(args, config):
     """Segment the images of parsed arguments; returns the exit code. Raises ValueError or OSError for wrong use."""
-    if args.workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {args.workers}")
-    prompts, config, plan = prompts_from_args(args), config_from_args(args), plan_outputs(args)
-    rank, world = rank_and_world()
-    share = [(number, image, outputs) for number, (image, outputs) in enumerate(plan, 1)][rank::world]
-    todo = [item for item in share if not (args.skip_existing and all(path.exists() for path in item[2].values()))]
-    if len(todo) < len(share) and not args.quiet:
-        print_line(f"{len(share) - len(todo)} of {len(share)} images are skipped, as their outputs exist")
-    if not any(all_gather(bool(todo))):  # of all ranks: those that have nothing to do wait for the others below
-        return 0
-    device = pick_device(args.device)
-    backbone = backbone_from_args(args, device)
-    folder = plan[0][1]["mask"].parent
-    folder.mkdir(exist_ok=True)
-    remove_stale_parts(folder)
-    segment_kwargs = {**prompts, "device": device, "backbone": backbone, "weights": args.weights, "branch": args.branch}
+    prompts = [("point", 2, point) for point in args.point] + [("box", 4, box) for box in args.box]
+    if len(prompts) > 1 or any(len(numbers) != count for _, count, numbers in prompts):
+        raise ValueError("one object is segmented: give --point X,Y or --box X0,Y0,X1,Y1, and only once")
+    prompt = {name: numbers for name, _, numbers in prompts}
+    plan, (rank, world), device = plan_outputs(args), rank_and_world(), pick_device(args.device)
+    backbone, shared, failures = load_backbone(args.backbone, args.weights, device, not args.quiet), None, []
+    plan[0][1]["mask"].parent.mkdir(exist_ok=True)
     if config.shared_epochs:  # over all images on every rank, so that all ranks have the same parameters
-        extractors = [lambda path=path: extract_nodes(load_image(path), config, backbone, device, **prompts)
-                      for path, _ in plan]  # fmt: skip
-        segment_kwargs["shared"] = shared_parameters(extractors, config, device, args.quiet or rank > 0)
-    failures = sum(all_gather(segment_todo(todo, len(plan), config, segment_kwargs, args)), [])
-    if rank > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
-        return 0
+        nodes = [lambda image=image: extract_nodes(load_image(image), config, backbone, device, **prompt)[1:]
+                 for image, _ in plan]  # fmt: skip
+        shared = fit_collective(nodes, config, device, args.quiet or rank > 0)
+    for number, (image, outputs) in list(enumerate(plan, 1))[rank::world]:
+        if args.skip_existing and all(path.exists() for path in outputs.values()):
+            continue
+        start = time.perf_counter()
+        try:
+            result = segment(image, config, **prompt, backbone=backbone, device=device, shared=shared)
+            for kind, path in outputs.items():
+                with atomic_write(path) as part:
+                    OUTPUTS[kind][1](result, config).save(part, format="PNG")
+        except Exception as error:  # whatever happens to one image, the others are done
+            failures.append(str(image))
+            log.error("%s: %s", image, one_line(error))
+            continue
+        if not args.quiet:
+            print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  foreground {result.mask.mean():.1%}, "
+                       f"modularity {result.fit.modularity:.3f}, backbone {result.backbone}, "
+                       f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     if failures and len(plan) > 1:
-        log.error("%d failed: %s", len(failures), ", ".join(map(str, failures)))
+        log.error("%d failed: %s", len(failures), ", ".join(failures))
+    if world > 1:
+        distributed.barrier()  # as torchrun ends all ranks when one has failed
     return 1 if failures else 0
 
 
-def set_up_messages():
-    """Set the format of log messages, and hide Pillow's warnings, as `load_image` has its own limits."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def start_worker():
-    """Prepare a worker process, which uses one torch thread and ends when the main process ends, in any way."""
-    torch.set_num_threads(1)
-    set_up_messages()
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def run_pickled(function, item):
-    """Call a pickled function. Unpickled, each of its tensors would be sent to a worker as an open file."""
-    return pickle.loads(function)(item)
-
-
-def map_in_workers(count, function, items):
-    """Yield from map(function, items), run in `count` processes, or in this one for a count below 2. Raises OSError."""
-    if count < 2 or threading.current_thread() is not threading.main_thread():  # which alone can handle interrupts
-        yield from map(function, items)
-        return
-    others = {*multiprocessing.active_children()}  # the caller's own
-    try:
-        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker) as pool:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: interrupts come here only
-            try:
-                task = pickle.dumps(function)
-                futures = [pool.submit(run_pickled, task, item) for item in items]
-            finally:
-                signal.signal(signal.SIGINT, handler)
-            try:
-                yield from (future.result() for future in futures)
-            except (KeyboardInterrupt, GeneratorExit):  # interrupted here, or where the results are used
-                for worker in {*multiprocessing.active_children()} - others:
-                    worker.kill()
-                raise
-    except (RuntimeError, OSError, ImportError) as error:
-        raise OSError(f"worker processes failed ({one_line(error)}): try fewer --workers; 1 starts none") from None
-
-
-def segment_todo(todo, count, config, segment_kwargs, args):
-    """Segment items (number, image, outputs) of `count` and print a line for each; returns the images that failed."""
-    cores, failures = torch.get_num_threads(), []
-    workers = args.workers or (min(cores, 4) if segment_kwargs["device"].type == "cuda" else cores)
-    workers = min(workers, (len(todo) + 1) // 2)  # starting a worker takes as long as an image or two
-    if workers > 1:  # a Backbone holds a function, which cannot be sent to a process
-        segment_kwargs = segment_kwargs | {"backbone": segment_kwargs["backbone"].name}
-    task = functools.partial(segment_to_files, config=config, segment_kwargs=segment_kwargs, verbose=args.verbose)
-    with contextlib.closing(map_in_workers(workers, task, todo)) as results, contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, cores)
-        torch.set_num_threads(cores if count == 1 else 1)  # as in a worker, so outputs do not depend on their number
-        for (message, error), (number, image, outputs) in zip(results, todo):  # ends when the results do
-            if error:
-                failures.append(image)
-                log.error("%s: %s", image, error)
-            elif not args.quiet:
-                print_line(f"[{number}/{count}] {image} -> {outputs['mask']}  {message}")
-    return failures
-
-
-def run_program(program, advice):
+def run_program(program):
     """The exit code of program(): what it returns, 2 after an error, logged in one line, or 130 after an interrupt."""
-    set_up_messages()
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # `decode_image` has its own limits
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
         with contextlib.ExitStack() as stack:
-            if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # under torchrun the processes share the images, see `rank_and_world`
+            if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun's: its processes share the images
                 if torch.cuda.is_available():
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
                 # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
@@ -1767,14 +1400,13 @@ def run_program(program, advice):
         log.error("%s", one_line(error))
         return 2
     except KeyboardInterrupt:
-        log.error("interrupted; %s", advice)
+        log.error("interrupted; what is written is whole")
         return 130
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    advice = "the outputs that exist are whole, and --skip-existing continues from here"
-    return run_program(lambda: segment_all(parse_args(build_parser(), argv)), advice)
+    return run_program(lambda: segment_all(*parse_args(build_parser(), argv)))
 
 
 if __name__ == "__main__":
