@@ -9,12 +9,12 @@ optimised on that image alone, without labels, until the clusters that it assign
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with overlays to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # the same on several cores, GPUs or machines
 
-The first part of the file is section II of the paper, equations (1) to (8) in their order, and section III's collective
-phase. The second part leads from a photograph to a mask. Where a default differs from the paper, `Config` says so.
+First comes section II of the paper, equations (1) to (8) in their order, with the collective phase of section III; then
+what leads from a photograph to a mask. Where a default differs from the paper, `Config` says so.
 
 Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
-image is (3,s,t), with the paper's s and t; a photograph is (height,width,3), or with an alpha channel (height,width,4).
-Inside the program coordinates are (y, x); only the user's box and point begin with x.
+image is (3,s,t), with the paper's s and t; a photograph is (height,width,3), with an alpha channel (height,width,4).
+Coordinates are (y, x) px everywhere but in the box and the point that the user gives.
 """
 
 import argparse
@@ -108,8 +108,8 @@ class Config:
             value, kind, choices = getattr(self, field.name), type(field.default), field.metadata["choices"]
             items, (low, high) = value if isinstance(value, tuple) else (value,), field.metadata["range"]
             number = {float: Real, str: str}.get(kind, Integral)
-            valid = items and all(isinstance(value, t) == (kind is t) for t in (tuple, bool))
-            if not (valid and all(isinstance(n, number) and (n in choices if choices else low <= n <= high) for n in items)):
+            valid = all(isinstance(n, number) and (n in choices if choices else low <= n <= high) for n in items)
+            if not (valid and items and all(isinstance(value, t) == (kind is t) for t in (tuple, bool))):
                 raise ValueError(f"{field.name} must be {choices or f'from {low:g} to {high:g}'}, got {value!r}")
         if any(width % self.heads for width in self.widths):
             raise ValueError(f"widths must be multiples of heads, {self.heads}, got {self.widths}")
@@ -300,9 +300,10 @@ def fit(features, adjacency, config=Config(), shared=None):
         x, device = centre_and_scale(features, adjacency), adjacency.device
         with seeded(config.seed):
             network = UnSegMedGAT(x.shape[1], config).to(device)
-        optimizer = make_optimizer(network, config)
         if shared is not None:
             network.load_state_dict(shared)
+        adamw_kwargs = {"weight_decay": config.weight_decay, "fused": True, "capturable": device.type == "cuda"}
+        optimizer = torch.optim.AdamW(network.parameters(), config.lr, **adamw_kwargs)
         losses, epochs = [], config.epochs - (config.shared_epochs if shared is not None else 0)
 
         def step():
@@ -347,11 +348,11 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
             nodes.append([tensor.cpu() for tensor in node_set()])
     if not nodes:
         return None
-    steps = torch.hub.tqdm(nodes * config.shared_epochs, desc="shared", disable=quiet)
-    with standard_torch():
+    steps = nodes * config.shared_epochs
+    with standard_torch(), torch.hub.tqdm(total=len(steps), desc="shared", disable=quiet) as bar:
         with seeded(config.seed):
             network = UnSegMedGAT(nodes[0][0].shape[1], config).to(device)
-        optimizer = make_optimizer(network, config)
+        optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         for features, node_weights in steps:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, node_weights.to(device))
@@ -360,6 +361,7 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            bar.update(1)
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
@@ -377,13 +379,6 @@ def seeded(seed):
     with LOCK, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would also seed the caller's GPUs
         yield
-
-
-def make_optimizer(network, config):
-    """AdamW for a network, with one kernel for all parameters, which CUDA can capture."""
-    on_cuda = next(network.parameters()).is_cuda
-    return torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True,
-                             capturable=on_cuda)  # fmt: skip
 
 
 def capture_cuda_graph(function, device):
@@ -447,16 +442,13 @@ def decode_image(source):
 def load_image(source):
     """Read any still image as RGBA: uint8 (height,width,4), turned upright by its EXIF orientation.
 
-    source: a path, a PIL image, or a uint8 array (height,width), (height,width,3) or (height,width,4). Grey images of
-    more than 8 bits are scaled by their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half
-    transparent; these get the mean colour of the others.
-    Raises ImageError for anything that is not one still image, and for one that is transparent everywhere.
+    source: a path, a PIL image, or a uint8 array (height,width[,3 or 4]). Grey images of more than 8 bits are scaled by
+    their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half transparent, which get the mean
+    colour of the others. Raises ImageError for what is not one still image, and for one that is all transparent.
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
-            raise ImageError(f"an array must be uint8, (height,width[,3 or 4]), got {source.dtype} {source.shape}")
-        source = Image.fromarray(source)
-    image = decode_image(source)
+    if isinstance(source, np.ndarray) and (source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,))):
+        raise ImageError(f"an array must be uint8, (height,width[,3 or 4]), got {source.dtype} {source.shape}")
+    image = decode_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
@@ -543,33 +535,26 @@ def rgb_to_lab(image):
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def border_components(cells, min_distance=0.0):
-    """The connected components of cells (h,w) bool that touch the image's border, as a mask (h,w) bool.
-
-    Only those that cover less than 90 % of the image, and whose mean distance from the middle is larger than
-    min_distance; 1 is the border.
-    """
-    y, x = (np.abs((np.arange(n) + 0.5) / n * 2 - 1) for n in cells.shape)
-    distance = np.maximum.outer(y, x)
-    labels, _ = ndimage.label(cells)
-    touching = set(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])) - {0}
-    return np.isin(labels, [n for n in touching if distance[labels == n].mean() > min_distance
-                            and (labels == n).mean() < 0.9])  # fmt: skip
-
-
 def find_field_of_view(image):
     """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
 
     The dark frame of an endoscope or dermatoscope is excluded, and components of another hue than the middle of the
     image that touch the border and stay near it, such as stickers, rulers and drapes.
     """
-    brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()
-    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3))
+    brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()  # (h,w)
     hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
-    middle = np.s_[len(dark) // 4 : -(len(dark) // 4) or None, dark.shape[1] // 4 : -(dark.shape[1] // 4) or None]
-    light = ~dark[middle] if not dark[middle].all() else np.ones_like(dark[middle])
-    usual = np.median(hue[(slice(None), *middle)][:, light], axis=1)
-    other_hue = np.hypot(*(hue - usual[:, None, None])) > 36
+    y, x = (np.abs((np.arange(n) + 0.5) / n * 2 - 1) for n in brightness.shape)  # 0 in the middle, 1 at the border
+    distance = np.maximum.outer(y, x)
+
+    def border_components(cells, min_distance):  # of less than 90 % of the image, on average so far from its middle
+        labels, _ = ndimage.label(cells)
+        touching = np.unique([*labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]])
+        kept = [n for n in touching if n and (labels == n).mean() < 0.9 and distance[labels == n].mean() > min_distance]
+        return np.isin(labels, kept)
+
+    dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0)
+    middle = (distance < 0.5) & ~dark if (~dark)[distance < 0.5].any() else distance < 0.5
+    other_hue = np.hypot(*(hue - np.median(hue[:, middle], axis=1)[:, None, None])) > 36
     return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6))).float()
 
 
@@ -578,14 +563,14 @@ def check_prompt(box, point, height, width):
 
     Raises ValueError for both together, and for what is no box or point inside the image.
     """
+    if box is None and point is None:
+        return None, None
     with contextlib.suppress(TypeError, ValueError):  # not numbers, or not so many
-        x0, y0, x1, y1 = (0, 0, 1, 1) if box is None else map(float, box)
-        x, y = (0, 0) if point is None else map(float, point)
-        inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and 0 <= x < width and 0 <= y < height
-        if inside and (box is None or point is None):
-            return None if box is None else (y0, x0, y1, x1), None if point is None else (y, x)
+        x0, y0, x1, y1 = map(float, box if point is None else (*point, width, height))
+        if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and (box is None or point is None):
+            return ((y0, x0, y1, x1), None) if point is None else (None, (y0, x0))
     given = one_line(f"box {box}, point {point}")
-    raise ValueError(f"one box x0, y0, x1, y1 or one point x, y inside the image, {width} x {height}; got {given}")
+    raise ValueError(f"give one box x0, y0, x1, y1 or one point x, y inside the image, {width} x {height}; got {given}")
 
 
 def view_photograph(photo, config, box=None):
@@ -603,7 +588,7 @@ def view_photograph(photo, config, box=None):
     opaque = photo[..., 3] > 0 if photo.shape[2] == 4 else np.ones((height, width), bool)
     view = View(image[:3], config.stride, crop, opaque, search_area)
     if math.prod(view.grid) > MAX_NODES:
-        raise ImageError(f"{math.prod(view.grid):,} patches are over {MAX_NODES:,}: use a smaller size or larger stride")
+        raise ImageError(f"{math.prod(view.grid):,} patches are over {MAX_NODES:,}: use a smaller --size")
 
     (y, x), (h, w) = view.centres(), cells.shape
     rows, columns = ((y / sy + crop[0]) * h / height).long(), ((x / sx + crop[1]) * w / width).long()
@@ -674,25 +659,14 @@ class VisionTransformer(nn.Module):
         return keys[:, 1:]  # (B,N,C), without the class token
 
 
+# Features: the choice of a backbone ----------------------------------------------------------------------------
+# A backbone is a function extract(view): View -> features (N,C), row-major, of any norm. Its __name__ is reported.
+
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
 DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
 DOWNLOAD_TIMEOUT = 10  # s without an answer from the host
 
 
-def download_dino(path, progress=True):
-    """Download DINO's backbone file and check its SHA-256. Raises OSError if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
-    try:
-        torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
-    except Exception as error:  # of many kinds: no connection, a proxy's answer that is not HTTP, another digest
-        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({one_line(error)})") from None
-    finally:
-        socket.setdefaulttimeout(timeout_before)
-
-
-@standard_torch()
 def read_dino(path):
     """ViT-S/8 with the weights of a file, in evaluation mode, without gradients.
 
@@ -715,8 +689,99 @@ def read_dino(path):
     return model.eval().requires_grad_(False)
 
 
-# Features: the colour, and the choice of a backbone ------------------------------------------------------------
-# A backbone is a function extract(view): View -> features (N,C), row-major, of any norm. Its __name__ is reported.
+@standard_torch()
+def load_dino(weights=None, progress=True):
+    """ViT-S/8 from a file of weights, or from torch.hub's cache, into which it is downloaded if missing or damaged.
+
+    Raises ValueError for a file that `read_dino` refuses, OSError if the download fails or has another SHA-256.
+    """
+    path, timeout = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.split("/")[-1], socket.getdefaulttimeout()
+    if weights:
+        return read_dino(weights)
+    with contextlib.suppress(ValueError):
+        return read_dino(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none
+        torch.hub.download_url_to_file(DINO_URL, str(path), hash_prefix=DINO_SHA256, progress=progress)
+    except Exception as error:  # of many kinds: no connection, a proxy's answer that is not HTTP, another digest
+        raise OSError(f"the download from {DINO_URL.split('/')[2]} failed ({one_line(error)})") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return read_dino(path)
+
+
+def pick_device(device):
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for a kind that is missing."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    if not {"cuda": cuda, "mps": mps}.get(str(device).partition(":")[0], True):
+        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+def builtin(view):
+    """The backbone without learned weights: no features, (N,0). The colour, which is added to all, stands alone."""
+    return torch.zeros(math.prod(view.grid), 0)
+
+
+def load_backbone_file(path):
+    """The backbone of a Python file that defines extract(view). Raises ValueError, which names the file, if not."""
+    sys.path.append(str(path.parent.resolve()))  # for modules beside it
+    try:
+        spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # for dataclasses in it
+        spec.loader.exec_module(module)
+        extract = functools.wraps(module.extract)(lambda view: module.extract(view))
+    except (Exception, SystemExit) as error:  # whatever is wrong in it
+        message = f"{type(error).__name__}: {one_line(error)}; a Python file must define extract(view)"
+        raise ValueError(f"backbone {path}: {message}") from error
+    extract.__name__ = str(path)
+    return extract
+
+
+@functools.lru_cache(maxsize=1)
+def load_backbone(name="auto", weights=None, device="auto", progress=True):
+    """A backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
+    colour alone, with a warning; or a Python file that defines extract(view). weights: see `load_dino`.
+
+    Raises ValueError for weights beside another backbone than DINO, and what load_dino and load_backbone_file raise.
+    """
+    if name not in ("auto", "dino"):
+        if weights:
+            raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
+        return builtin if name == "builtin" else load_backbone_file(Path(name))
+    try:
+        model, device = load_dino(weights, progress), pick_device(device)
+    except OSError as error:
+        if name == "dino":
+            raise
+        log.warning("DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on "
+                    "another machine and pass it as --weights FILE.", error, DINO_URL)  # fmt: skip
+        return builtin
+    model.to(device)
+
+    def dino(view):
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
+        return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
+
+    return dino
+
+
+def extract_features(extract, view, device):
+    """A backbone's features of a View: (N,C), rows of norm 1; C is 0 for the colour alone. Raises ValueError."""
+    (h, w), name = view.grid, getattr(extract, "__name__", "extract")
+    try:
+        with torch.no_grad():  # a copy of the image, as it may be changed in place
+            features = extract(dataclasses.replace(view, image=view.image.clone())).to(device, torch.float32)
+        if features.ndim != 2 or len(features) != h * w or not features.isfinite().all():
+            raise ValueError(f"it must return finite ({h * w},C) for {h} x {w} patches, got {(*features.shape,)}")
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"backbone {name}: extract failed: {type(error).__name__}: {one_line(error)}") from error
+    return F.normalize(features, dim=1)
+
 
 CONSTANT_FEATURE = 50  # in units of Lab
 
@@ -738,95 +803,6 @@ def join_features(deep, colour, colour_weight):
     return torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
 
 
-def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for a kind that is missing."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if not {"cuda": cuda, "mps": mps}.get(str(device).partition(":")[0], True):
-        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-
-
-def builtin(view):
-    """The backbone without learned weights: no features, (N,0). The colour, which is added to all, stands alone."""
-    return torch.zeros(math.prod(view.grid), 0)
-
-
-def load_dino(weights=None, device="cpu", progress=True):
-    """DINO as a backbone. weights: a file, see `read_dino`; None: torch.hub's cache, filled by a download where needed.
-
-    Raises what `read_dino` and `download_dino` raise.
-    """
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.rsplit("/", 1)[1])
-    try:
-        model = read_dino(path)
-    except ValueError:  # missing or damaged
-        if weights:
-            raise
-        download_dino(path, progress)
-        model = read_dino(path)
-    model.to(device)
-
-    def dino(view):
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
-        return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
-
-    return dino
-
-
-def load_file(path):
-    """The backbone of a Python file that defines extract(view). Raises ValueError if it does not."""
-    spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
-    sys.path.append(str(path.parent.resolve()))  # for modules beside it
-    try:
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # for dataclasses in it
-        spec.loader.exec_module(module)
-        extract = functools.wraps(module.extract)(lambda view: module.extract(view))
-    except (Exception, SystemExit) as error:  # whatever is wrong in it
-        message = f"{type(error).__name__}: {one_line(error)}; a Python file must define extract(view)"
-        raise ValueError(f"backbone {path}: {message}") from error
-    extract.__name__ = str(path)
-    return extract
-
-
-@functools.lru_cache(maxsize=1)
-def load_backbone(name="auto", weights=None, device="auto", progress=True):
-    """A backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
-    colour alone, with a warning; or a Python file that defines extract(view). weights: see `load_dino`.
-
-    Raises ValueError for weights beside another backbone than DINO, and what load_dino and load_file raise.
-    """
-    if name not in ("auto", "dino") and weights:
-        raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
-    if name == "builtin":
-        return builtin
-    if name not in ("auto", "dino"):
-        return load_file(Path(name))
-    try:
-        return load_dino(weights, pick_device(device), progress)
-    except OSError as error:
-        if name == "dino":
-            raise
-        log.warning("DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on "
-                    "another machine and pass it as --weights FILE.", error, DINO_URL)  # fmt: skip
-        return builtin
-
-
-def extract_features(extract, view, device):
-    """A backbone's features of a View: (N,C), rows of norm 1; C is 0 for the colour alone. Raises ValueError."""
-    (h, w), name = view.grid, getattr(extract, "__name__", "extract")
-    try:
-        with torch.no_grad():  # a copy of the image, as it may be changed in place
-            features = extract(dataclasses.replace(view, image=view.image.clone())).to(device, torch.float32)
-        if features.ndim != 2 or len(features) != h * w or not features.isfinite().all():
-            raise ValueError(f"it must return finite ({h * w},C) for {h} x {w} patches, got {(*features.shape,)}")
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"backbone {name}: extract failed: {type(error).__name__}: {one_line(error)}") from error
-    return F.normalize(features, dim=1)
-
-
 # Where the object is, roughly ----------------------------------------------------------------------------------
 
 DISC_RADII = np.geomspace(0.07, 0.65, 16)  # in shorter sides of the search area
@@ -840,8 +816,7 @@ POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
 def pca(features, components):
     """Features (N,C) on their first principal components: (N,components), or (N,C) where C is smaller."""
     centred = features - features.mean(0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
-    return centred @ axes.flip(1)[:, :components]
+    return centred @ torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :components]  # eigh's order is ascending
 
 
 def background_weights(view):
@@ -863,30 +838,27 @@ def remove_trend(features, view):
 
 
 def feature_maps(view, deep, lab, colour_weight):
-    """The maps in which the object is searched: of the backbone's features (N,C), if any, and of the colours (N,3).
-
-    Each is (C,h,w) with at most 12 channels, centred; their mean squares are weighted as in `join_features`.
-    """
-    background = background_weights(view).flatten() + 1e-3
+    """Maps (C,h,w) of a backbone's features (N,C) and of the colours (N,3), weighted as in `join_features`."""
     maps = []
-    for features, mean_square in ((remove_trend(deep.cpu(), view), 1 - colour_weight),
-                                  (colour_features(lab, background), colour_weight)):  # fmt: skip
-        if mean_square:
-            scale = (mean_square / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # PCA nearly keeps the distances
+    for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight),
+                             (colour_features(lab, background_weights(view).flatten() + 1e-3), colour_weight)):  # fmt: skip
+        if weight and features.shape[1]:
+            scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
+            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # 12 components nearly keep the distances
     return maps
 
 
-def disc_contrasts(values, field_of_view, background, radii):
-    """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in patches.
+def disc_contrasts(values, view, radii):
+    """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in px.
 
-    values: (C,h,w). field_of_view: (h,w), 1 or 0. background: (h,w) weights. A contrast is the distance of two means;
-    that to the ring is reduced where disc or ring lie partly outside the field of view.
+    values: (C,h,w). A contrast is the distance of two means; that to the ring is reduced where disc or ring lie partly
+    outside the field of view.
     """
+    background = background_weights(view)
     common = (values * background).sum((1, 2)) / background.sum().clamp(min=1e-6)
-    layers = torch.cat([values, torch.ones_like(values[:1])]) * field_of_view  # (C+1,h,w), the last one counts patches
+    layers = torch.cat([values, torch.ones_like(values[:1])]) * view.field_of_view  # (C+1,h,w): the last counts patches
     to_ring, to_background = [], []
-    for radius in radii:
+    for radius in radii / view.stride:
         side = torch.arange(-int(1.4 * radius + 0.7), int(1.4 * radius + 0.7) + 1.0)
         distance = torch.hypot(side[:, None], side)
         disc = (distance <= radius).float()
@@ -900,18 +872,16 @@ def disc_contrasts(values, field_of_view, background, radii):
 
 
 def find_disc(maps, view, point=None):
-    """The disc that stands out from its surroundings, as an ellipse (y, x, radius, radius), px: centre-surround contrast.
+    """The disc that stands out from its surroundings, as an ellipse (y, x, radius, radius), px.
 
-    maps: from `feature_maps`. point: (y, x) px, given by the user.
     First the most salient point: the centre of the disc with the largest product of its contrasts to its ring and to
     the background (Itti, Koch and Niebur 1998; Achanta et al. 2009), over all maps, as the object stands out in each.
-    Then the size: of the discs near that point, or near the user's, the one with the largest contrast to its ring.
+    Then the size: of the discs near it, or near the user's point (y, x), the one with the largest contrast to its ring.
     """
     (cy, cx), (y, x), (y0, x0, y1, x1) = view.centres(), view.position_in(view.search_area), view.search_area
     inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # an object seldom touches the border
     radii = torch.from_numpy(DISC_RADII).float() * min(y1 - y0, x1 - x0)  # px
-    background = background_weights(view)
-    contrasts = [disc_contrasts(values, view.field_of_view, background, radii / view.stride) for values in maps]
+    contrasts = [disc_contrasts(values, view, radii) for values in maps]
     radii, exponent = radii[:, None, None], SIZE_EXPONENT if point is None else POINT_SIZE_EXPONENT
 
     def best(score):  # (R,h,w)
@@ -931,21 +901,20 @@ def box_is_tight(maps, view):
     """Whether the object fills the user's box; if not, it is somewhere inside.
 
     The box is loose if, in every map, the rim of the inscribed ellipse is similar to the outside of the box: less than
-    0.2 of the way to the middle. It is taken as tight if in a map middle and outside differ by less than one standard
-    deviation, as such a map cannot tell.
+    0.2 of the way to the middle. A map in which middle and outside differ by less than one standard deviation cannot
+    tell; the box is then taken as tight.
     """
     y, x = view.position_in(view.search_area)
     distance, visible = torch.hypot(y, x), view.field_of_view > 0
-    middle, rim = visible & (distance <= 0.5), visible & (distance > 0.7) & (distance <= 1)
     outside = visible & ((y.abs() > 1) | (x.abs() > 1))
+    middle, rim = visible & (distance <= 0.5), visible & (distance > 0.7) & (distance <= 1)
     if not (middle.any() and rim.any() and outside.any()):
         return bool(outside.any())  # without an outside the box is the whole photograph
     for values in maps:
         inner, edge, outer = (values[:, part].mean(1) for part in (middle, rim, outside))
         axis = F.normalize(inner - outer, dim=0)
         variance = sum((axis @ values[:, part]).var(correction=0) for part in (middle, outside)) / 2
-        step = axis @ (inner - outer)
-        if step <= variance.sqrt() or axis @ (edge - outer) > 0.2 * step:
+        if axis @ (inner - outer) <= variance.sqrt() or axis @ (edge - outer) > 0.2 * (axis @ (inner - outer)):
             return True
     return False
 
@@ -973,14 +942,6 @@ def locate_object(view, deep, lab, config, box=None, point=None):
     return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside))
 
 
-def weigh_nodes(view, fade_radii):
-    """The weight of each patch, (N,) in [0,1]: 0 outside the field of view, falling beyond `fade_radii` radii of the
-    ellipse; a fade_radii of 0 disables the fall."""
-    fade = torch.exp(-((view.distance_in_radii() / fade_radii) ** 4) / 2) if fade_radii else torch.ones(view.grid)
-    fade = F.threshold(fade, 1e-6, 0.0)  # products of smaller weights are denormal, which is slow on a CPU
-    return (fade * view.field_of_view).flatten()
-
-
 @standard_torch()
 def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), node weights (N,).
@@ -990,13 +951,15 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     """
     box, point = check_prompt(box, point, *photo.shape[:2])
     view = view_photograph(photo, config, box)
-    deep = extract_features(extract, view, device) if config.colour < 1 else torch.zeros(math.prod(view.grid), 0)
+    deep = extract_features(builtin if config.colour == 1 else extract, view, device)
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
     view = locate_object(view, deep, lab, config, box, point)
-    background = ((view.distance_in_radii() > 1) * view.field_of_view + 1e-3).flatten()
-    colour = colour_features(lab, background).to(device)
+    distance, node_weights = view.distance_in_radii(), view.field_of_view
+    if config.fade_radii:  # smaller weights are 0, as their products are denormal, which is slow on a CPU
+        node_weights = node_weights * F.threshold(torch.exp(-((distance / config.fade_radii) ** 4) / 2), 1e-6, 0.0)
+    colour = colour_features(lab, ((distance > 1) * view.field_of_view + 1e-3).flatten()).to(device)
     features = join_features(deep, colour, config.colour) if deep.shape[1] else colour
-    return view, features, weigh_nodes(view, config.fade_radii).to(device)
+    return view, features, node_weights.flatten().to(device)
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
@@ -1018,10 +981,9 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     """The probability of each patch to be object, (N,) in [0,1].
 
     assignment: (N,K) from `order_clusters`; its first n_background clusters are background. adjacency: (N,N).
-    It is the sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is
-    judged again, as modularity assigns patches between two clusters to the smaller one with full confidence. Its
-    log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to the foreground /
-    to the background). Nodes of weight 0, which have no edges, are background.
+    The sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is judged
+    again, as modularity gives patches between two clusters to the smaller one: its log-odds are the position prior plus
+    similarity_weight times the logarithm of (mean similarity to the foreground / to the background).
     """
     foreground = assignment[:, n_background:].sum(1)
     if config.similarity_weight and n_background < config.clusters:
@@ -1033,7 +995,7 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
         strength, radius = POSITION_PRIOR[view.prompt]
         prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
         foreground = torch.sigmoid(config.similarity_weight * (logs[:, 0] - logs[:, 1]) + prior.to(logs))
-    return foreground * (node_weights > 0)
+    return foreground * (node_weights > 0)  # the others have no edges
 
 
 def refine_maps(view, maps, config):
