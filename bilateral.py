@@ -28,19 +28,18 @@ class BilateralGrid:
     """The occupied cells of a grid over (row, column, luma, chroma, chroma), and their blur (section 2.1).
 
     guide: (H,W,3) uint8, RGB. sigma_spatial in pixels, sigma_luma and sigma_chroma in grey levels: the sides of a cell.
-    Raises ValueError for another shape or type, or a sigma that is no number of at least 1e-9.
+    Raises ValueError for another shape or type, or sigmas that are not positive or make too many cells.
 
     The five integer coordinates of a cell are written as one integer key in mixed radix, so two cells never share a
-    key, whatever the size of the image. Every radix is larger by one than its axis needs: the key plus one step along
-    an axis is then the key of that neighbour, or no cell's key.
+    key. Every radix is larger by one than its axis needs: the key plus one step along an axis is then the key of that
+    neighbour, or no cell's key.
     """
 
     def __init__(self, guide, sigma_spatial=11, sigma_luma=5, sigma_chroma=5):
         guide = np.asarray(guide)
         if guide.ndim != 3 or guide.shape[2] != 3 or guide.dtype != np.uint8 or guide.size == 0:
             raise ValueError(f"guide must be a (H,W,3) uint8 RGB image, got shape {guide.shape} of {guide.dtype}")
-        sigmas = {"sigma_spatial": sigma_spatial, "sigma_luma": sigma_luma, "sigma_chroma": sigma_chroma}
-        for name, sigma in sigmas.items():
+        for name, sigma in ("sigma_spatial", sigma_spatial), ("sigma_luma", sigma_luma), ("sigma_chroma", sigma_chroma):
             if not 1e-9 <= sigma < np.inf:
                 raise ValueError(f"{name} must be a number of at least 1e-9, got {sigma}")
         self.shape = height, width = guide.shape[:2]
@@ -75,13 +74,12 @@ class BilateralGrid:
     def smoothness_matrix(self, iterations=10):
         """The Laplacian D_m - D_n B D_n of the bistochastised blur B, (V,V) sparse (section 2.2, algorithm 1).
 
-        n is found by fixed-point iteration such that every row of D_n B D_n sums to the mass of its vertex. Each row of
-        the Laplacian sums to zero, so a constant image has no smoothness cost.
+        n is found by fixed-point iteration such that every row of D_n B D_n sums to the mass of its vertex.
         """
         n = np.ones(self.vertices)
         for _ in range(iterations):
             n = np.sqrt(n * self.mass / (self.blur @ n))
-        # The sums of the rows in place of the mass: they are equal in the limit, and the rows now sum to exactly zero.
+        # The sums of the rows in place of the mass: equal in the limit, and a constant image then has exactly no cost
         scaled = diags(n) @ self.blur @ diags(n)
         return diags(scaled @ np.ones(self.vertices)) - scaled
 
@@ -92,42 +90,30 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
 
     target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
     guide: (H,W,3) uint8 RGB, the photograph whose edges the solution follows.
-    confidence: one number of at least 0, or (H,W), the weight of each pixel's target. In the paper it is at most 1, but
-        only its ratio to smoothness matters. Where it is 0 the solution is interpolated from the neighbourhood; where
-        it is 0 everywhere, the solution is the target's mean.
+    confidence: one number of at least 0, or (H,W), the weight of each pixel's target; only its ratio to smoothness
+        matters. Where it is 0 the solution is interpolated; where it is 0 everywhere, it is the target's mean.
     smoothness: lambda, the weight of the smoothness term. sigma_*: see BilateralGrid.
-    iterations, tolerance: largest number of steps of conjugate gradients with Jacobi's preconditioner, and the relative
-        residual at which they stop earlier; a RuntimeWarning says if it is not reached.
-    Returns float64 of the target's shape, not rounded; it can leave the target's range by about the tolerance. Scaling
-    the target scales the solution; scaling both confidence and smoothness does not change it.
-    Raises ValueError for shapes that disagree, masked arrays, values that are not finite, a confidence below 0, a
-    target whose range overflows float64, and a smoothness over 1e100 times the confidence.
+    iterations, tolerance: conjugate gradients with Jacobi's preconditioner stop at this relative residual; a
+        RuntimeWarning says if it is not reached in so many steps.
+    Returns float64 of the target's shape; it can leave the target's range by about the tolerance.
+    Raises ValueError for shapes that disagree, values that are not finite, and a confidence or smoothness below 0.
     """
-    if np.ma.isMaskedArray(target) or np.ma.isMaskedArray(confidence):
-        raise ValueError("masked arrays are not supported: fill the target and give confidence 0 where it is masked")
     target = np.asarray(target, float)
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])
     if target.shape[:2] != np.shape(guide)[:2] or target.ndim not in (2, 3):
         raise ValueError(f"target {target.shape} and guide {np.shape(guide)} must have the same height and width")
-    if not (confidence.min() >= 0 and confidence.max() < np.inf):
-        raise ValueError("confidence must be a finite number of at least 0, or (H,W) of them")
-    if not 0 <= smoothness < np.inf:
-        raise ValueError(f"smoothness must be a number of at least 0, got {smoothness}")
-
+    if not (confidence.min() >= 0 and confidence.max() < np.inf and 0 <= smoothness < np.inf):
+        raise ValueError("confidence and smoothness must be finite numbers of at least 0")
     # Scaled by their largest values, so that no product leaves the range of float64
-    offset, peak = float(target.min()), float(confidence.max())
+    offset, peak = float(target.min()), float(confidence.max()) or 1.0
     unit = float(target.max()) - offset or 1.0
     if not unit < np.inf:  # also refuses NaN
-        raise ValueError("the target's values are not finite, or span more than float64 can hold: scale them down")
-    target = (target - offset) / unit
-    if peak > 0:
-        if smoothness > 1e100 * peak:
-            raise ValueError(f"smoothness {smoothness:g} is over 1e100 times the largest confidence, {peak:g}")
-        confidence, smoothness = confidence / peak, smoothness / peak
+        raise ValueError("the target's values are not finite, or span more than float64 can hold")
+    target, confidence = (target - offset) / unit, confidence / peak
 
     grid = BilateralGrid(guide, sigma_spatial, sigma_luma, sigma_chroma)
     data_weight = grid.splat(confidence)  # (V,)
-    system = (smoothness * grid.smoothness_matrix() + diags(data_weight)).tocsr()
+    system = (smoothness / peak * grid.smoothness_matrix() + diags(data_weight)).tocsr()
     diagonal = system.diagonal()
     precondition = diags(1 / np.where(diagonal > 0, diagonal, 1))
     solution = np.empty(target.shape)
@@ -136,8 +122,8 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
         mean = right_hand_side.sum() / data_weight.sum() if data_weight.any() else target[(..., *k)].mean()
         start = np.divide(right_hand_side, data_weight, out=np.full(grid.vertices, mean), where=data_weight > 0)
         rounding = 1e-12 * np.linalg.norm(diagonal * start)  # smaller residuals are rounding errors
-        cg_kwargs = dict(rtol=tolerance, atol=rounding, maxiter=iterations, M=precondition)
-        update, unconverged = cg(system, right_hand_side - system @ start, **cg_kwargs)
+        update, unconverged = cg(system, right_hand_side - system @ start, rtol=tolerance, atol=rounding,
+                                 maxiter=iterations, M=precondition)  # fmt: skip
         if unconverged:
             warnings.warn(f"no convergence in {iterations} iterations: allow more", RuntimeWarning, stacklevel=2)
         solution[(..., *k)] = grid.slice(start + update)

@@ -21,11 +21,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import math
 import os
 import pickle
+import runpy
 import socket
 import sys
 import threading
@@ -91,15 +91,11 @@ class Config:
     colour: float = hyperparameter(0.7, "weight of the colour beside the backbone's features", "ours; paper: 0", high=1)
     heads: int = hyperparameter(2, "Z, attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
     residual: bool = hyperparameter(True, "add the node's own W h to what eq. (3) aggregates", "ours; paper: no")
-    early_stop: float = hyperparameter(0.01, "stop when 3 epochs bring less than this fraction of the improvement so "
-                                       "far; 0 disables", "ours; paper: 0")  # fmt: skip
+    early_stop: float = hyperparameter(0.01, "stop at less than this share of progress in 3 epochs", "ours; paper: 0")
     resolution: float = hyperparameter(1.0, "gamma, the modularity's resolution", "paper; authors: 0.5")
-    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term, which asks for clusters of equal "
-                                            "size", "ours; paper: 1")  # fmt: skip
-    fade_radii: float = hyperparameter(1.4, "distance from the object's centre, in radii, beyond which node weights "
-                                       "fade; 0 disables", "ours; paper: 0")  # fmt: skip
-    similarity_weight: float = hyperparameter(16.0, "weight of a patch's mean similarity to object and background in "
-                                              "its final log-odds; 0 keeps the clusters", "ours; paper: 0")  # fmt: skip
+    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term: clusters of equal size", "paper: 1")
+    fade_radii: float = hyperparameter(1.4, "radii around the object beyond which node weights fade", "ours; paper: 0")
+    similarity_weight: float = hyperparameter(16.0, "weight of mean similarities in the mask; 0: clusters", "paper: 0")
     mask_blur: float = hyperparameter(3.0, "px, standard deviation of a blur of the outline", "ours; paper: 0", high=99)
     seed: int = hyperparameter(0, "seed of the network's initial parameters", "ours", high=2**32 - 1)
 
@@ -334,12 +330,10 @@ def fit(features, adjacency, config=Config(), shared=None):
 
 
 def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
-    """The first phase of UnSegMedGATc: config.shared_epochs passes over all images, one step for each, with parameters
-    that all images share.
+    """The first phase of UnSegMedGATc: config.shared_epochs passes over all images, a step for each, shared parameters.
 
     node_sets: a list of functions that return the features f (N,C) and the node weights (N,) of an image; N may differ.
-    An image whose function fails is left out. The graph of an image is built when its turn comes, so only one is in
-    memory. quiet: show no progress bar.
+    An image whose function fails is left out. Only one graph is in memory. quiet: show no progress bar.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None without an image.
     """
     nodes = []
@@ -368,8 +362,6 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
 # The paper ends here. What follows leads from a photograph to a mask ===========================================
 
 
-# Torch: the seed, CUDA graphs, and the caller's settings -------------------------------------------------------
-
 LOCK = threading.Lock()  # for torch's random state, which all threads share, and for CUDA graph capture
 
 
@@ -382,10 +374,9 @@ def seeded(seed):
 
 
 def capture_cuda_graph(function, device):
-    """Capture function() as a CUDA graph, without running it, and return a function that replays it.
+    """A function that replays function() as a CUDA graph: to launch its 300 kernels takes longer than to run them.
 
-    Launching its kernels (about 300 in an epoch) takes longer than running them. Call function() a few times before:
-    the first calls allocate the optimiser's state and cuBLAS workspaces, which cannot be captured.
+    Call function() a few times before, as its first calls allocate what cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
     with LOCK, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -559,9 +550,7 @@ def find_field_of_view(image):
 
 
 def check_prompt(box, point, height, width):
-    """The user's box (x0, y0, x1, y1) and point (x, y) as (y0, x0, y1, x1) and (y, x); None stays None.
-
-    Raises ValueError for both together, and for what is no box or point inside the image.
+    """The user's box (x0, y0, x1, y1) and point (x, y) as (y0, x0, y1, x1) and (y, x), None as None. Raises ValueError.
     """
     if box is None and point is None:
         return None, None
@@ -726,33 +715,26 @@ def builtin(view):
     return torch.zeros(math.prod(view.grid), 0)
 
 
-def load_backbone_file(path):
-    """The backbone of a Python file that defines extract(view). Raises ValueError, which names the file, if not."""
-    sys.path.append(str(path.parent.resolve()))  # for modules beside it
-    try:
-        spec = importlib.util.spec_from_file_location(f"backbone_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # for dataclasses in it
-        spec.loader.exec_module(module)
-        extract = functools.wraps(module.extract)(lambda view: module.extract(view))
-    except (Exception, SystemExit) as error:  # whatever is wrong in it
-        message = f"{type(error).__name__}: {one_line(error)}; a Python file must define extract(view)"
-        raise ValueError(f"backbone {path}: {message}") from error
-    extract.__name__ = str(path)
-    return extract
-
-
 @functools.lru_cache(maxsize=1)
 def load_backbone(name="auto", weights=None, device="auto", progress=True):
     """A backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
     colour alone, with a warning; or a Python file that defines extract(view). weights: see `load_dino`.
 
-    Raises ValueError for weights beside another backbone than DINO, and what load_dino and load_backbone_file raise.
+    Raises ValueError for a bad file, and for weights beside another backbone than DINO; and what load_dino raises.
     """
+    if name not in ("auto", "dino") and weights:
+        raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
+    if name == "builtin":
+        return builtin
     if name not in ("auto", "dino"):
-        if weights:
-            raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
-        return builtin if name == "builtin" else load_backbone_file(Path(name))
+        sys.path.append(str(Path(name).parent.resolve()))  # for modules beside the file
+        try:
+            extract = runpy.run_path(name, run_name=Path(name).stem)["extract"]
+        except (Exception, SystemExit) as error:  # whatever is wrong in it
+            message = f"{type(error).__name__}: {one_line(error)}; a Python file must define extract(view)"
+            raise ValueError(f"backbone {name}: {message}") from error
+        extract.__name__ = name
+        return extract
     try:
         model, device = load_dino(weights, progress), pick_device(device)
     except OSError as error:
@@ -840,11 +822,11 @@ def remove_trend(features, view):
 def feature_maps(view, deep, lab, colour_weight):
     """Maps (C,h,w) of a backbone's features (N,C) and of the colours (N,3), weighted as in `join_features`."""
     maps = []
-    for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight),
-                             (colour_features(lab, background_weights(view).flatten() + 1e-3), colour_weight)):  # fmt: skip
-        if weight and features.shape[1]:
+    colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
+    for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
+        if weight:
             scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # 12 components nearly keep the distances
+            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # 12 nearly keep the distances
     return maps
 
 
@@ -981,8 +963,8 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     """The probability of each patch to be object, (N,) in [0,1].
 
     assignment: (N,K) from `order_clusters`; its first n_background clusters are background. adjacency: (N,N).
-    The sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise each patch is judged
-    again, as modularity gives patches between two clusters to the smaller one: its log-odds are the position prior plus
+    The sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise patches are judged
+    again, as modularity gives those between two clusters to the smaller one: their log-odds are the position prior plus
     similarity_weight times the logarithm of (mean similarity to the foreground / to the background).
     """
     foreground = assignment[:, n_background:].sum(1)
@@ -998,15 +980,15 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     return foreground * (node_weights > 0)  # the others have no edges
 
 
-def refine_maps(view, maps, config):
-    """Maps over the resized image (s,t,M), the foreground first: refined by the bilateral solver and smoothed."""
+def refine(view, foreground, config):
+    """A foreground (s,t) in [0,1], of the resized image: refined by the bilateral solver and smoothed."""
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        # Confidence is twice |log-odds| of the foreground: where patches are unsure, colours decide. At odds of 5 to 3
-        # it is about the 0.999 that the authors' code gives every pixel, so their lambda holds. Clipped to at most 32.
-        confidence = 2 * np.abs(logit(maps[..., 0].clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
-        maps = bilateral.solve(maps, guide, confidence, smoothness=config.bilateral_lambda).astype(np.float32)
-    return ndimage.gaussian_filter(maps, (config.mask_blur, config.mask_blur, 0))
+        # Confidence is twice |log-odds|, at most 32: where patches are unsure, colours decide. At odds of 5 to 3 it is
+        # about the 0.999 that the authors' code gives every pixel, so their lambda holds.
+        confidence = 2 * np.abs(logit(foreground.clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
+        foreground = bilateral.solve(foreground, guide, confidence, smoothness=config.bilateral_lambda)
+    return ndimage.gaussian_filter(foreground, config.mask_blur)
 
 
 def clean_mask(mask, keep_components):
@@ -1028,9 +1010,7 @@ def make_mask(view, assignment, adjacency, node_weights, config):
     foreground = select_foreground(view, assignment, n_background, adjacency, node_weights, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
-    refined = 1 if config.clusters == 2 else 1 + config.clusters  # for two clusters the foreground is enough
-    maps[..., :refined] = refine_maps(view, maps[..., :refined], config)
-
+    maps[..., 0] = refine(view, maps[..., 0], config)
     y0, x0, y1, x1 = view.crop
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
     maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,*crop)
@@ -1098,7 +1078,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
                         backbone=name)  # fmt: skip
 
 
-# Pictures, by torchvision, which takes over a second to import -------------------------------------------------
+# Pictures, by torchvision, which is imported where it is used as that takes over a second ----------------------
 
 PALETTE = [(0, 0, 0), (0, 200, 120), (240, 200, 0), (60, 120, 240), (230, 60, 60), (160, 80, 200), (0, 200, 220),
            (250, 130, 180)]  # fmt: skip
@@ -1113,10 +1093,13 @@ def overlay(rgb, mask):
     return Image.fromarray(tinted.permute(1, 2, 0).numpy())
 
 
-def heatmap(values):
-    """Values (h,w) as colours, from black for 0 over red and yellow to white for the largest: a PIL image."""
-    values = np.asarray(values) / max(float(values.max()), 1e-12)
-    return Image.fromarray((np.clip(values[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8))
+def heatmap(values, grid, marked=None):
+    """Values (N,) of a grid (h,w) from black for 0 over red and yellow to white, one marked in blue: a PIL image."""
+    values = np.asarray(values).reshape(grid) / max(float(values.max()), 1e-12)
+    picture = Image.fromarray((np.clip(values[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8))
+    if marked is not None:
+        picture.putpixel((marked % grid[1], marked // grid[1]), (0, 160, 255))
+    return picture
 
 
 def captioned_grid(pictures, size, columns):
@@ -1136,30 +1119,26 @@ def captioned_grid(pictures, size, columns):
 
 def explain(result, config):
     """The stages of a Segmentation side by side: a PIL image. The blue patch is the surest one of the object."""
-    view, (h, w), (y, x, ry, rx) = result.view, result.view.grid, result.view.ellipse
+    view, (y, x, ry, rx), object_share = result.view, result.view.ellipse, result.assignment[..., -1].ravel()
     located = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy())
     ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=PALETTE[1], width=3)
     components = F.pad(pca(result.features.cpu(), 3), (0, 3))[:, :3]
     components = (components - components.amin(0)) / (components.amax(0) - components.amin(0)).clamp(min=1e-6)
+    colours = Image.fromarray((components.unflatten(0, view.grid).numpy() * 255).astype(np.uint8))
 
     adjacency, network = build_graph(result.features, config.tau, result.node_weights), result.fit.network
-    node = int((torch.from_numpy(result.assignment[..., -1]).flatten() * result.node_weights.cpu()).argmax())
+    node = int((object_share * result.node_weights.cpu().numpy()).argmax())
     with torch.no_grad():
         _, score_dst, score_src = network.series[0][0].project(centre_and_scale(result.features, adjacency))
         alpha = attention_weights(score_dst[:, node : node + 1], score_src, adjacency[node : node + 1])  # (H,1,N)
-    edges, attended = (heatmap(row.unflatten(0, (h, w)).cpu()) for row in (adjacency[node], alpha.mean(0)[0]))
-    for picture in (edges, attended):
-        picture.putpixel((node % w, node // w), (0, 160, 255))
-
     y0, x0, y1, x1 = view.crop
     scale = 256 / min(y1 - y0, x1 - x0)
-    colours = Image.fromarray((components.unflatten(0, (h, w)).numpy() * 255).astype(np.uint8))
     pictures = [
         ("1  where the object is, roughly", located),
         (f"2  features ({Path(result.backbone).name}), PCA", colours),
-        ("3  graph: edges of the blue patch", edges),
-        ("4  its attention, first layer", attended),
-        ("5  soft assignment", heatmap(result.assignment[..., -1])),
+        ("3  graph: edges of the blue patch", heatmap(adjacency[node].cpu(), view.grid, node)),
+        ("4  its attention, first layer", heatmap(alpha.mean(0)[0].cpu(), view.grid, node)),
+        ("5  soft assignment", heatmap(object_share, view.grid)),
         ("6  mask", overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1])),
     ]
     return captioned_grid(pictures, (round((x1 - x0) * scale), round((y1 - y0) * scale)), columns=3)
@@ -1241,33 +1220,30 @@ def is_image(path):
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
-def list_images(folder):
-    """The images in a folder, sorted. One warning counts the other entries. Raises ValueError where there is none."""
-    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    images = [path for path in entries if is_image(path)]
-    if not images:
-        raise ValueError(f"{folder}: there is no image in this folder")
-    if skipped := len(entries) - len(images):
-        log.warning("%s: %d entries are skipped, as they are not images that are read here", folder, skipped)
-    return images
-
-
 def plan_outputs(args):
     """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
-    images = [image for path in args.images for image in (list_images(path) if path.is_dir() else [path])]
-    images = [*{os.path.abspath(image): image for image in images}.values()]  # each once
-    inputs, output = {os.path.realpath(image) for image in images}, args.output
+    images, output = {}, args.output  # {absolute path: path}, so that each is done once
+    for path in args.images:
+        entries = [entry for entry in sorted(path.iterdir()) if entry.name[0] != "."] if path.is_dir() else []
+        found = [entry for entry in entries if is_image(entry)] if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: there is no image in this folder")
+        if len(found) < len(entries):
+            log.warning("%s: %d entries are skipped, as they are not images that are read here", path,
+                        len(entries) - len(found))  # fmt: skip
+        images |= {os.path.abspath(image): image for image in found}
+    inputs = {os.path.realpath(image) for image in images}
     single = output.suffix.lower() == ".png" and not output.is_dir()
     if single and (len(images) > 1 or args.images[0].is_dir()):
         raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
     if not single and output.suffix and not output.is_dir():
         raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
-    if not single and os.path.realpath(output) in {os.path.dirname(path) for path in inputs}:
+    if os.path.realpath(output) in {os.path.dirname(path) for path in inputs}:
         raise ValueError(f"{output}: holds input images; choose another folder for the masks")
     if not os.access(output if output.is_dir() else output.parent, os.W_OK):
         raise ValueError(f"{output}: there is no such folder, or no permission to write there")
     plan, taken = [], inputs
-    for image in images:
+    for image in images.values():
         mask = output if single else output / f"{image.stem}.png"
         outputs = {"mask": mask} | {kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in OUTPUTS
                                     if getattr(args, kind, False)}  # fmt: skip
