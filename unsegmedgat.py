@@ -151,7 +151,8 @@ def attention_weights(score_dst, score_src, adjacency):
     Returns (H,n,N); row i sums to 1 over the neighbours j of node i, and is uniform for a node without neighbours.
     """
     e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], SLOPE)  # (H,n,N)
-    return e.masked_fill(adjacency <= 0, torch.finfo(e.dtype).min).softmax(dim=2)  # eq. (2)
+    no_edge = torch.where(adjacency > 0, e.new_zeros(()), torch.finfo(e.dtype).min)  # (n,N); a sum has a fast backward
+    return (e + no_edge).softmax(dim=2)  # eq. (2)
 
 
 def attention(Wh, score_dst, score_src, adjacency):
@@ -160,7 +161,7 @@ def attention(Wh, score_dst, score_src, adjacency):
     Wh: the transformed node features W h, (H,N,D). Other arguments as for `attention_weights`.
     Returns (H,n,D); 0 for a node without neighbours.
     """
-    connected = (adjacency > 0).any(dim=1)[:, None]  # (n,1)
+    connected = (adjacency.amax(dim=1) > 0)[:, None]  # (n,1)
     return attention_weights(score_dst, score_src, adjacency) @ Wh * connected  # eq. (3), before the non-linearity
 
 
