@@ -424,8 +424,8 @@ def decode_image(source):
             raise ValueError(f"it holds {image.n_frames} frames, save one as a still image")
         image.load()
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise ImageError(f"it cannot be read: {reason} (is it damaged? DICOM, NIfTI and HEIC are not read)") from None
+        hint = f"{one_line(error)} (is it damaged? DICOM, NIfTI and HEIC are not read)"
+        raise ImageError(f"it cannot be read: {getattr(error, 'strerror', None) or hint}") from None
     with contextlib.suppress(Exception):  # of many kinds, for bytes that are not EXIF
         ImageOps.exif_transpose(image, in_place=True)
     return image
