@@ -162,7 +162,9 @@ METHODS = {
 # Rows beside the methods ---------------------------------------------------------------------------------------
 
 LOCATED = "located ellipse"  # the ellipse itself in place of a clustering, with the same steps after it
-ROWS = (LOCATED, "everything foreground", "trivial ellipse")
+EVERYTHING = "everything foreground"
+ELLIPSES = {"blind": "centred ellipse", "point": "disc at the point", "box": "inscribed ellipse",
+            "official": "inscribed ellipse"}  # fmt: skip
 
 
 def trivial_baselines(protocol, shape, prompt):
@@ -181,7 +183,7 @@ def trivial_baselines(protocol, shape, prompt):
     if protocol == "box":  # whoever is given a box marks nothing outside it
         everything = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
     inscribed = ((2 * x + 1 - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y + 1 - y0 - y1) / (y1 - y0)) ** 2 <= 1
-    return dict(zip(ROWS[1:], (everything, inscribed)))
+    return {EVERYTHING: everything, ELLIPSES[protocol]: inscribed}
 
 
 def oracle_backbone(truth, noise, seed):
@@ -215,31 +217,40 @@ def oracle_backbone(truth, noise, seed):
 # Metrics -------------------------------------------------------------------------------------------------------
 
 METRICS = ("iou", "dice", "precision", "recall", "hd95", "nsd")
-FAILED_SCORES = dict.fromkeys(METRICS, 0.0) | {"hd95": 1.0}  # also where exactly one of the masks is empty
+FAILED_SCORES = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # also where exactly one of the masks is empty
 
 
-def metrics(mask, truth, tolerance=2.0):
-    """The scores of a mask against the truth, (height,width) bool each: a dictionary of floats in [0,1].
+def parse_tolerance(text):
+    """A tolerance, "2%" of the diagonal or "5px", as (number, unit). Raises ValueError for other texts."""
+    match = re.fullmatch(r"(\d+\.?\d*)(%|px)", text)
+    if not match:
+        raise ValueError(f"{text}: must look like 2% or 5px")
+    return float(match[1]), match[2]
 
-    iou, dice, precision, recall: of the foreground. The mean of iou over images is the paper's mIoU.
-    hd95: 95th percentile of the distances from the border pixels of either mask to the border of the other, as a
-        fraction of the image's diagonal. A border pixel has a 4-neighbour outside the mask or the image.
-    nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels that are within the tolerance, in
-        % of the diagonal, of the other border.
-    Where one of the masks is empty the scores are 0, and 1 for hd95; where both are, they are perfect.
+
+def metrics(mask, truth, tolerance=(2.0, "%")):
+    """The scores of a mask against the truth, (height,width) bool each: a dictionary of floats.
+
+    iou, dice, precision, recall: of the foreground, in [0,1]. The mean of iou over images is the paper's mIoU.
+    hd95: 95th percentile of the distances from the border pixels of either mask to the border of the other, in % of the
+        image's diagonal. A border pixel has a 4-neighbour outside the mask or the image.
+    nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels that are within the tolerance of
+        the other border, in [0,1]. tolerance: from `parse_tolerance`.
+    Where one of the masks is empty the scores are 0, and 100 for hd95; where both are, they are perfect.
     """
     if not (mask.any() and truth.any()):
         return dict(FAILED_SCORES) if mask.any() or truth.any() else dict.fromkeys(METRICS, 1.0) | {"hd95": 0.0}
     both, of_mask, of_truth = int((mask & truth).sum()), int(mask.sum()), int(truth.sum())
     a, b = (np.argwhere(area & ~ndimage.binary_erosion(area)) for area in (mask, truth))
-    distances = np.concatenate([KDTree(b).query(a)[0], KDTree(a).query(b)[0]]) / math.hypot(*truth.shape)
+    distances = np.concatenate([KDTree(b).query(a)[0], KDTree(a).query(b)[0]])  # px
+    percent = math.hypot(*truth.shape) / 100  # px
     return {
         "iou": both / (of_mask + of_truth - both),
         "dice": 2 * both / (of_mask + of_truth),
         "precision": both / of_mask,
         "recall": both / of_truth,
-        "hd95": float(np.percentile(distances, 95)),
-        "nsd": float((100 * distances <= tolerance).mean()),
+        "hd95": float(np.percentile(distances, 95)) / percent,
+        "nsd": float((distances <= tolerance[0] * (percent if tolerance[1] == "%" else 1)).mean()),
     }
 
 
@@ -387,8 +398,13 @@ class EvalImage:
             extract = oracle_backbone(truth, run.oracle_features, seed)
         seen = np.array(Image.fromarray(self.crop).resize(size, Image.BILINEAR))  # by the methods
         given = {run.protocol: prompt} if run.protocol in ("point", "box") else {}
-        self.nodes = u.extract_nodes(seen, run.config, extract, run.device, **given)
+        self.extract_nodes = lambda: u.extract_nodes(seen, run.config, extract, run.device, **given)
         self.trivial = trivial_baselines(run.protocol, self.crop.shape[:2], prompt)
+
+    @functools.cached_property
+    def nodes(self):
+        """The View, features and node weights, the same for all rows."""
+        return self.extract_nodes()
 
     @functools.cached_property
     def truth(self):
@@ -496,9 +512,9 @@ TABLE = (("mIoU", "iou", "mean"), ("Dice", "dice", "mean"), ("precision", "preci
          ("recall", "recall", "mean"), ("HD95", "hd95", "mean"), ("NSD", "nsd", "mean"), ("macro mIoU", "iou", "macro"),
          ("macro Dice", "dice", "macro"), ("mIoU minus first row's", "iou", "difference"))  # fmt: skip
 FOOTER = """
-In %; 95 % bootstrap intervals in brackets. HD95 is one percentile of the distances of both borders, pooled, as in MedPy
-(MONAI takes the larger of two), in % of the diagonal. NSD, the surface Dice at a tolerance of {:g} % of the diagonal,
-counts border pixels without weights, as MONAI. A failed image counts as 0 (HD95: 100)."""
+In %; 95 % bootstrap intervals in brackets. HD95, in % of the diagonal, is one percentile of the distances of both borders,
+pooled, as in MedPy (MONAI takes the larger of two). NSD, the surface Dice at a tolerance of {:g} {}, counts border pixels
+without weights, as MONAI. A failed image counts as 0 (HD95: 100)."""
 
 
 def as_table(lines):
@@ -515,7 +531,8 @@ def markdown(summary, reference=None):
         for _, metric, key in TABLE:
             interval = entry[metric].get(f"{key}_interval") if metric in ("iou", "dice") else None
             brackets = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-            line.append(f"{100 * entry[metric][key]:.1f}{brackets}" if key in entry[metric] else "")
+            scale = 1 if metric == "hd95" else 100
+            line.append(f"{scale * entry[metric][key]:.1f}{brackets}" if key in entry[metric] else "")
         lines.append([*line, str(len(entry["failed"]))])
     for row, numbers in zip(PUBLISHED, REFERENCES.get(reference, ())):
         lines.append([f"{row} (published)", *(f"{number:.2f}" for number in numbers)])
@@ -557,14 +574,15 @@ def build_parser():
     add("images", type=Path, help="a folder of images")
     add("masks", type=Path, help="a folder of masks with the same names, which may end in _mask and the like")
     add("--protocol", choices=PROTOCOLS, default="blind", help="default blind; see below")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="default: all")
+    add("--methods", type=lambda text: text.split(","), default=[*METHODS], metavar="A,B",
+        help=f"of {', '.join(METHODS)}; default all")  # fmt: skip
     add("--predictions", type=lambda text: text.partition("=")[::2], action="append", default=[], metavar="NAME=FOLDER",
         help="also score these masks, made by another program; may be repeated")  # fmt: skip
     add("--squash", action=argparse.BooleanOptionalAction, default=False, help="first resize to a square")
     add("--loosen", type=float, default=1.0, metavar="FACTOR", help="scale the given box about its centre; default 1")
     add("--jitter", type=int, default=0, metavar="PX", help="move the point, or each side of the box, by up to PX")
     add("--oracle-features", type=float, metavar="NOISE", help="USES GROUND TRUTH for features, of an ideal backbone")
-    add("--tolerance", type=float, default=2.0, help="of the surface Dice, in %% of the image's diagonal; default 2")
+    add("--tolerance", type=parse_tolerance, default="2%", help="of the surface Dice: 2%% of the diagonal, or 5px")
     add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the sorted list")
     add("--group-by", metavar="REGEX", help="its first group, found in an image's name, is the image's group, as "
         "^(s\\d+)_ for video sequences: adds the mean of the groups' means; intervals resample groups")  # fmt: skip
@@ -579,11 +597,13 @@ def build_parser():
 
 def check_args(args):
     """Raise ValueError for wrong use that would give wrong results, or overwrite or lose a file."""
-    names = {name for name, folder in args.predictions if folder} - {"", *METHODS, *ROWS}
+    names = {name for name, folder in args.predictions if folder} - {
+        "", *METHODS, LOCATED, EVERYTHING, *ELLIPSES.values()}  # fmt: skip
     outputs = [path.resolve() for path in (args.csv, args.json, args.sheet) if path]
     inputs = {Path(folder).resolve() for folder in (args.images, args.masks, *dict(args.predictions).values())}
     movable, backbone = args.protocol in ("point", "box"), args.weights or args.backbone not in ("auto", "builtin")
     for wrong, message in (
+        ({*args.methods} - {*METHODS}, f"--methods: choose from {', '.join(METHODS)}"),
         (len(names) < len(args.predictions), "--predictions needs NAME=FOLDER, with distinct names that no row has"),
         (args.jitter and not movable or args.loosen != 1 and args.protocol != "box",
          "--jitter needs --protocol point or box, --loosen needs --protocol box"),
@@ -658,7 +678,7 @@ def run_evaluation(run, config):
         log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", name)
     settings = ("protocol", "squash", "jitter", "loosen", "oracle_features", "tolerance")
     run.settings = {name: getattr(run, name) for name in settings} | {"backbone": name, "config": vars(config)}
-    rows = [*run.methods, *run.made, *ROWS]
+    rows = [*run.methods, *run.made, LOCATED, EVERYTHING, ELLIPSES[run.protocol]]
     scores = score_all(pairs, rows, run)
     if u.rank_and_world()[0] > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
         return 0
@@ -670,7 +690,7 @@ def run_evaluation(run, config):
     defaults, values = {"squash": False, "jitter": 0, "loosen": 1.0} | vars(u.Config()), run.settings | vars(config)
     changed = [f"{key} {values[key]}" for key in defaults if values[key] != defaults[key]]
     u.print_line(f"Backbone: {name}. Seed {config.seed}. Settings: {', '.join([run.preset or 'default', *changed])}.\n")
-    u.print_line(markdown(summary, run.reference) + "\n" + FOOTER.format(run.tolerance))
+    u.print_line(markdown(summary, run.reference) + "\n" + FOOTER.format(*run.tolerance))
     if run.json:
         versions = {package.__name__: package.__version__ for package in (torch, np, scipy, PIL)}
         header = {"images": len(pairs), "preset": run.preset, "settings": run.settings, "versions": versions}
@@ -693,27 +713,25 @@ def bench_column(n, device):
 
     (size, stride, megapixels), column = BENCH[n], {"patches": n}
     config = u.Config(size=size, stride=stride)
-    steady = dataclasses.replace(config, early_stop=0.0)
 
     def photograph(side):  # noisy skin and a darker square: (side,side,3) uint8
         rgb = np.random.default_rng(0).normal((225, 180, 160), 4, (side, side, 3))
         rgb[side // 3 : -side // 3, side // 3 : -side // 3] -= 80
         return rgb.astype(np.uint8)
 
-    def measure(function):  # ms, of the second call
-        for _ in range(2):
-            start = time.perf_counter()
-            function()
-            getattr(torch, device.type).synchronize()
+    def measure(function):  # ms
+        start = time.perf_counter()
+        function()
+        getattr(torch, device.type).synchronize()
         return 1e3 * (time.perf_counter() - start)
 
     if n < 10_000 or device.type == "cuda":
         view, features, node_weights = u.extract_nodes(photograph(size), config, u.builtin, device)
         graph = features, u.build_graph(features, config.tau, node_weights)
-        assignment = u.fit(*graph, config).assignment
-        column["fit, ms"] = measure(lambda: u.fit(*graph, config))
-        column["epoch, ms"] = measure(lambda: u.fit(*graph, steady)) / config.epochs
-        column["mask, ms"] = measure(lambda: u.make_mask(view, assignment, graph[1], node_weights, config))
+        fitted = u.fit(*graph, config)
+        column["fit, ms"] = measure(lambda: u.fit(*graph, config))  # the second one
+        column["epoch, ms"] = column["fit, ms"] / len(fitted.losses)
+        column["mask, ms"] = measure(lambda: u.make_mask(view, fitted.assignment, graph[1], node_weights, config))
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
         column["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30 or host
     guide = photograph(round(1000 * math.sqrt(megapixels)))
@@ -729,8 +747,9 @@ def bench_column(n, device):
                 return super().forward(h, edges)
 
         u.GraphAttention, u.capture_cuda_graph = Attention, lambda step, _: step  # CUDA cannot capture it
-        edges = graph[1].nonzero().T
-        column["epoch with GATConv, ms"] = measure(lambda: u.fit(*graph, steady)) / config.epochs
+        edges, few = graph[1].nonzero().T, dataclasses.replace(config, epochs=3)
+        u.fit(*graph, few)
+        column["epoch with GATConv, ms"] = measure(lambda: u.fit(*graph, few)) / few.epochs
     return column
 
 
