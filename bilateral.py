@@ -6,10 +6,7 @@ near each other and have similar colours (W_ij is large), and close to the targe
     minimise  smoothness / 2 * sum_ij W_ij (x_i - x_j)^2  +  sum_i c_i (x_i - t_i)^2
 
 It is not solved for pixels but for the few occupied cells ("vertices") of a coarse grid over (row, column, luma,
-chroma, chroma). Torch is not needed:
-
-    from bilateral import solve
-    soft = solve(mask, photo)            # mask (H,W) in [0,1], photo (H,W,3) uint8
+chroma, chroma). Torch is not needed: `soft = bilateral.solve(mask, photo)`.
 
 Shapes: P pixels = H * W, V vertices, K targets that share one grid.
 """
@@ -28,23 +25,18 @@ class BilateralGrid:
     """The occupied cells of a grid over (row, column, luma, chroma, chroma), and their blur (section 2.1).
 
     guide: (H,W,3) uint8, RGB. sigma_spatial in pixels, sigma_luma and sigma_chroma in grey levels: the sides of a cell.
-    Raises ValueError for another shape or type, or sigmas that are not positive or make too many cells.
-
-    The five integer coordinates of a cell are written as one integer key in mixed radix, so two cells never share a
-    key. Every radix is larger by one than its axis needs: the key plus one step along an axis is then the key of that
-    neighbour, or no cell's key.
+    The five coordinates of a cell are written as one integer key in mixed radix. Every radix is larger by one than its
+    axis needs: the key plus one step along an axis is then the key of that neighbour, or no cell's key.
     """
 
     def __init__(self, guide, sigma_spatial=11, sigma_luma=5, sigma_chroma=5):
         guide = np.asarray(guide)
         if guide.ndim != 3 or guide.shape[2] != 3 or guide.dtype != np.uint8 or guide.size == 0:
             raise ValueError(f"guide must be a (H,W,3) uint8 RGB image, got shape {guide.shape} of {guide.dtype}")
-        for name, sigma in ("sigma_spatial", sigma_spatial), ("sigma_luma", sigma_luma), ("sigma_chroma", sigma_chroma):
-            if not 1e-9 <= sigma < np.inf:
-                raise ValueError(f"{name} must be a number of at least 1e-9, got {sigma}")
+        if not all(1e-9 <= sigma < np.inf for sigma in (sigma_spatial, sigma_luma, sigma_chroma)):
+            raise ValueError("sigma_spatial, sigma_luma and sigma_chroma must be numbers of at least 1e-9")
         self.shape = height, width = guide.shape[:2]
-        row = (np.arange(height) / sigma_spatial).astype(np.int64)
-        column = (np.arange(width) / sigma_spatial).astype(np.int64)
+        row, column = ((np.arange(side) / sigma_spatial).astype(np.int64) for side in (height, width))
         luma_bins, chroma_bins = int(255 / sigma_luma) + 3, int(256 / sigma_chroma) + 3  # one for rounding
         # The size of one step along (row, column, luma, u, v) in the key, the last axis fastest.
         steps = np.cumprod([1, chroma_bins, chroma_bins, luma_bins, int(column[-1]) + 2], dtype=object)[::-1]
@@ -72,11 +64,8 @@ class BilateralGrid:
         return values[self.pixel_vertex].reshape(self.shape)
 
     def smoothness_matrix(self, iterations=10):
-        """The Laplacian D_m - D_n B D_n of the bistochastised blur B, (V,V) sparse (section 2.2, algorithm 1).
-
-        n is found by fixed-point iteration such that every row of D_n B D_n sums to the mass of its vertex.
-        """
-        n = np.ones(self.vertices)
+        """The Laplacian D_m - D_n B D_n of the bistochastised blur B, (V,V) sparse (section 2.2, algorithm 1)."""
+        n = np.ones(self.vertices)  # then such that each row of D_n B D_n sums to the mass of its vertex
         for _ in range(iterations):
             n = np.sqrt(n * self.mass / (self.blur @ n))
         # The sums of the rows in place of the mass: equal in the limit, and a constant image then has exactly no cost
@@ -88,15 +77,11 @@ def solve(target, guide, confidence=0.999, sigma_spatial=11, sigma_luma=5, sigma
           iterations=1000, tolerance=1e-5):  # fmt: skip
     """Smooth a target along the edges of a photograph: equation (8) of Barron and Poole 2016.
 
-    target: (H,W), or (H,W,K) for K targets on one grid; any finite numbers.
-    guide: (H,W,3) uint8 RGB, the photograph whose edges the solution follows.
+    target: (H,W), or (H,W,K) for K targets on one grid; finite. guide: (H,W,3) uint8 RGB. sigma_*: see BilateralGrid.
     confidence: one number of at least 0, or (H,W), the weight of each pixel's target; only its ratio to smoothness
         matters. Where it is 0 the solution is interpolated; where it is 0 everywhere, it is the target's mean.
-    smoothness: lambda, the weight of the smoothness term. sigma_*: see BilateralGrid.
-    iterations, tolerance: conjugate gradients with Jacobi's preconditioner stop at this relative residual; a
-        RuntimeWarning says if it is not reached in so many steps.
+    smoothness: lambda. iterations, tolerance: conjugate gradients stop at this residual, or with a RuntimeWarning.
     Returns float64 of the target's shape; it can leave the target's range by about the tolerance.
-    Raises ValueError for shapes that disagree, values that are not finite, and a confidence or smoothness below 0.
     """
     target = np.asarray(target, float)
     confidence = np.broadcast_to(np.asarray(confidence, float), np.shape(guide)[:2])

@@ -512,9 +512,9 @@ TABLE = (("mIoU", "iou", "mean"), ("Dice", "dice", "mean"), ("precision", "preci
          ("recall", "recall", "mean"), ("HD95", "hd95", "mean"), ("NSD", "nsd", "mean"), ("macro mIoU", "iou", "macro"),
          ("macro Dice", "dice", "macro"), ("mIoU minus first row's", "iou", "difference"))  # fmt: skip
 FOOTER = """
-In %; 95 % bootstrap intervals in brackets. HD95, in % of the diagonal, is one percentile of the distances of both borders,
-pooled, as in MedPy (MONAI takes the larger of two). NSD, the surface Dice at a tolerance of {:g} {}, counts border pixels
-without weights, as MONAI. A failed image counts as 0 (HD95: 100)."""
+In %; 95 % bootstrap intervals in brackets. HD95, in % of the diagonal, is one percentile of the distances of both
+borders, pooled, as in MedPy (MONAI takes the larger of two). NSD, the surface Dice at a tolerance of {:g} {}, counts
+border pixels without weights, as MONAI. A failed image counts as 0 (HD95: 100)."""
 
 
 def as_table(lines):

@@ -729,7 +729,7 @@ def extract(view):
 
 FRAMES = [Image.new("L", (9, 9), grey) for grey in (0, 99)]
 BAD_FILES = {  # the exit code, the flag that it is for, how it is made, and the message
-    "truncated": (1, "", lambda path: path.write_bytes(path.with_name("photo.png").read_bytes()[:3000]), "is it damaged?"),
+    "cut": (1, "", lambda path: path.write_bytes(path.with_name("photo.png").read_bytes()[:3000]), "is it damaged?"),
     "DICOM": (1, "", lambda path: path.write_bytes(bytes(128) + b"DICM"), "DICOM, NIfTI and HEIC are not read"),
     "animated": (1, "", lambda path: FRAMES[0].save(path, "GIF", save_all=True, append_images=FRAMES[1:]), "2 frames"),
     "1 x 5000": (1, "", lambda path: Image.new("RGB", (1, 5000)).save(path, "PNG"), "1 x 5000 pixels"),
@@ -739,9 +739,14 @@ BAD_FILES = {  # the exit code, the flag that it is for, how it is made, and the
     "code": (2, "--weights", lambda path: path.write_bytes(b"cbuiltins\nprint\n(S'run'\ntR."), "more than tensors"),
     "list": (2, "--weights", lambda path: torch.save([1, 2], path), "got <class 'list'>"),
     "network": (2, "--weights", lambda path: torch.save({"conv1.weight": torch.zeros(6, 3)}, path), "cls_token"),
-    "rows": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; return x[1:]"), "finite (88,C) for 8 x 11"),
+    "rows": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; return x[1:]"), "(88,C) for 8 x 11"),
     "nan": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; return x * float('nan')"), "finite"),
-    "error": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; view.no"), "extract failed: AttributeError: "),
+    "error": (
+        1,
+        "--backbone",
+        lambda path: path.write_text(BACKBONE + "; view.no"),
+        "extract failed: AttributeError: ",
+    ),
     "exit": (2, "--backbone", lambda path: path.write_text("raise SystemExit"), "SystemExit"),
     "no extract": (2, "--backbone", lambda path: path.write_text("x = 1"), "must define extract(view)"),
     "absent": (1, "", lambda path: None, "No such file"),
@@ -1013,7 +1018,17 @@ def test_one_whole_run_with_every_method_and_output_drops_no_file_silently(datas
     flags = ["--sheet", str(tmp_path / "s.png"), "--predictions", f"made={tmp_path / 'made'}"]
     code, summary = score(*flags, "--group-by", r"^s[01]?(2?_)", "--reference", "isic2018")  # two images, and one
     table = capsys.readouterr().out
-    assert all(f"| {row} |" in table for row in [*evaluator.METHODS, evaluator.LOCATED, "everything foreground", "centred ellipse", "DSM (published)", "made"])
+    assert all(
+        f"| {row} |" in table
+        for row in [
+            *evaluator.METHODS,
+            evaluator.LOCATED,
+            "everything foreground",
+            "centred ellipse",
+            "DSM (published)",
+            "made",
+        ]
+    )
     assert "Backbone: builtin" in table and "blind" in table and "not DINO" in caplog.text
     assert "as in MedPy" in table and "as MONAI" in table and "a tolerance of 2 %, counts" in table
     assert all(f"{name}: has no partner" in caplog.text for name in ("alone.jpg", "other_mask.png"))
@@ -1037,7 +1052,10 @@ def test_a_killed_run_resumes_and_other_files_are_left(dataset, score, tmp_path,
         assert score(*flags, "--resume")[0] == 0 and capsys.readouterr().out == table
         assert sorted(file.read_text().splitlines(True)) == sorted(lines)
     monkeypatch.chdir(dataset[0])  # from anywhere; methods can be added
-    assert score(*flags[:-1], "dsm,vit-kmeans,mincutpool", "--resume")[0] == 0 and file.read_text().count("\n") == len(lines) + 2
+    assert (
+        score(*flags[:-1], "dsm,vit-kmeans,mincutpool", "--resume")[0] == 0
+        and file.read_text().count("\n") == len(lines) + 2
+    )
     text = file.read_text()
     for other in "", "--resume --tau 0.4", "--resume --tolerance 3%", "--resume --squash":
         assert score(*flags, *other.split())[0] == 2  # nor without --resume, nor with other settings

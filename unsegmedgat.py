@@ -5,16 +5,13 @@ Attention Networks Clustering". The patches of one image are the nodes of a grap
 optimised on that image alone, without labels, until the clusters that it assigns have a high modularity.
 
     python unsegmedgat.py image.png -o mask.png                        # one photograph
-    python unsegmedgat.py image.png -o mask.png --point 210,160        # with a point inside the object
     python unsegmedgat.py photos/ -o masks/ --overlay                  # a folder, with overlays to look at
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # the same on several cores, GPUs or machines
 
-First comes section II of the paper, equations (1) to (8) in their order, with the collective phase of section III; then
-what leads from a photograph to a mask. Where a default differs from the paper, `Config` says so.
-
+First comes the paper, equations (1) to (8) in their order; then what leads from a photograph to a mask.
 Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
 image is (3,s,t), with the paper's s and t; a photograph is (height,width,3), with an alpha channel (height,width,4).
-Coordinates are (y, x) px everywhere but in the box and the point that the user gives.
+Coordinates are (y, x) px, but in the box and the point that the user gives.
 """
 
 import argparse
@@ -40,8 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from scipy import ndimage
-from scipy.special import logit
+from scipy import ndimage, special
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,9 +46,7 @@ import bilateral
 log = logging.getLogger("unsegmedgat")  # warnings and errors for the user; they go to stderr unless configured
 
 PATCH = 8  # px, the side of a patch: ViT-S/8
-
-
-# Hyper-parameters ----------------------------------------------------------------------------------------------
+ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
 
 
 def hyperparameter(default, help, source, low=0, high=1e9, choices=None):
@@ -61,14 +55,10 @@ def hyperparameter(default, help, source, low=0, high=1e9, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-ACTIVATIONS = {"silu": nn.SiLU, "selu": nn.SELU, "relu": nn.ReLU}
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyper-parameter, with the source of its default; each is also a flag. Raises ValueError if out of range."""
 
-    # From the paper
     tau: float = hyperparameter(0.3, "similarities up to tau give no edge, eq. (1)", "paper, III", 1e-9, 1 - 1e-9)
     widths: tuple[int, ...] = hyperparameter((128, 64), "m_r, width of each series of GAT layers", "paper, III", low=1)
     layers: int = hyperparameter(2, "t_r, the number of GAT layers in each series", "paper, III", low=1)
@@ -80,13 +70,9 @@ class Config:
     weight_decay: float = hyperparameter(1e-2, "weight decay of AdamW", "paper: decay factor; authors' code: AdamW")
     shared_epochs: int = hyperparameter(0, "T0, how many epochs train shared parameters: UnSegMedGATc", "paper: 5, 15")
     refine: bool = hyperparameter(True, "refine the mask with the fast bilateral solver", "paper, Fig. 1")
-
-    # From the authors' code, where the paper gives no value
     size: int = hyperparameter(224, "px, shorter side of the resized image", "authors' code", low=2 * PATCH)
     bilateral_lambda: float = hyperparameter(256.0, "lambda, the bilateral solver's smoothness weight", "authors' code")
     keep_components: int = hyperparameter(1, "how many of the largest regions to keep; 0 keeps all", "authors' code")
-
-    # Ours
     stride: int = hyperparameter(8, "px between patches; at 4 or 2 they overlap", "ours; authors: 4", choices=(8, 4, 2))
     colour: float = hyperparameter(0.7, "weight of the colour beside the backbone's features", "ours; paper: 0", high=1)
     heads: int = hyperparameter(2, "Z, attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
@@ -113,22 +99,18 @@ class Config:
             raise ValueError(f"shared_epochs must be below epochs, {self.epochs}, got {self.shared_epochs}")
 
 
-# The paper's values, where it states them. Not stated, so not changed: the object's location, the field of view, the
-# heads, the scale of X. Its scores are of images cropped to the object.
+# The paper's values, where it states them: not the object's location, the field of view, the heads or the scale of X.
 PRESETS = {"paper": {"colour": 0.0, "residual": False, "early_stop": 0.0, "collapse_weight": 1.0, "fade_radii": 0.0,
                      "similarity_weight": 0.0, "mask_blur": 0.0}}  # fmt: skip
 
 
 # The paper, section II, from the features of the patches to their clusters =====================================
-
-
-# Graph, eq. (1) ------------------------------------------------------------------------------------------------
+# Graph, eq. (1); attention, eqs. (2) to (4); network, eq. (5) --------------------------------------------------
 
 
 def build_graph(features, tau, node_weights=None):
-    """The graph of eq. (1): thresholded cosine similarities of the features.
+    """The graph of eq. (1) from features (N,C): their cosine similarities, 0 up to tau.
 
-    features: (N,C). tau: similarities up to it become 0.
     node_weights: (N,) in [0,1], optional and ours; A_ij is multiplied by w_i w_j.
     Returns the adjacency A, (N,N), symmetric; every node has a self-loop unless its weight or its feature is 0.
     """
@@ -137,9 +119,6 @@ def build_graph(features, tau, node_weights=None):
     return adjacency if node_weights is None else adjacency.mul_(node_weights).mul_(node_weights[:, None])
 
 
-# Graph attention, eqs. (2) to (4) ------------------------------------------------------------------------------
-
-SLOPE = 0.2  # of LeakyReLU: Velickovic et al. 2018
 BLOCK_BYTES, BLOCK_ROWS = 2**26, 256  # a larger (H,N,N) tensor is computed in blocks of so many rows
 
 
@@ -150,7 +129,7 @@ def attention_weights(score_dst, score_src, adjacency):
     adjacency: (n,N); its positive entries are the edges. Their weights are not used.
     Returns (H,n,N); row i sums to 1 over the neighbours j of node i, and is uniform for a node without neighbours.
     """
-    e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], SLOPE)  # (H,n,N)
+    e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], 0.2)  # (H,n,N); slope: Velickovic et al. 2018
     no_edge = torch.where(adjacency > 0, e.new_zeros(()), torch.finfo(e.dtype).min)  # (n,N); a sum has a fast backward
     return (e + no_edge).softmax(dim=2)  # eq. (2)
 
@@ -182,8 +161,7 @@ class GraphAttention(nn.Module):
         super().__init__()
         self.heads, self.residual = heads, residual
         self.W = nn.Linear(in_features, out_features, bias=False)  # W^z of all heads z, stacked
-        self.a_dst = nn.Parameter(torch.empty(heads, out_features // heads))
-        self.a_src = nn.Parameter(torch.empty(heads, out_features // heads))
+        self.a_dst, self.a_src = (nn.Parameter(torch.empty(heads, out_features // heads)) for _ in range(2))
         for parameter in self.parameters():
             nn.init.xavier_uniform_(parameter)  # Velickovic et al. 2018, for a as in PyTorch Geometric
 
@@ -201,12 +179,8 @@ class GraphAttention(nn.Module):
             aggregated = torch.cat([attend(Wh, dst, score_src, rows) for dst, rows in blocks], dim=1)  # (H,N,D)
         else:
             aggregated = attention(Wh, score_dst, score_src, adjacency)  # eqs. (2), (3): (H,N,D)
-        if self.residual:
-            aggregated = aggregated + Wh
+        aggregated = aggregated + Wh if self.residual else aggregated
         return aggregated.transpose(0, 1).flatten(1)  # eq. (4), before the non-linearity: (N,out)
-
-
-# Network, eq. (5) ----------------------------------------------------------------------------------------------
 
 
 class UnSegMedGAT(nn.Module):
@@ -223,10 +197,7 @@ class UnSegMedGAT(nn.Module):
         self.fc_out = nn.Linear(config.fc_dim, config.clusters)
 
     def forward(self, features, adjacency):
-        """Node features X (N,C), adjacency (N,N) -> assignment C (N,K), rows summing to 1.
-
-        The paper's normalised adjacency gives the same result, as the layers only use which edges there are.
-        """
+        """X (N,C), adjacency (N,N), whose edges alone count, so it is not normalised -> C (N,K), rows summing to 1."""
         total = 0
         for layers, fc in zip(self.series, self.fc_branch):
             h = features
@@ -236,7 +207,9 @@ class UnSegMedGAT(nn.Module):
         return self.fc_out(total).softmax(dim=1)  # C of eq. (5): (N,K)
 
 
-# Loss, eqs. (6) to (8) -----------------------------------------------------------------------------------------
+# Loss, eqs. (6) to (8), and its optimisation, section III ------------------------------------------------------
+
+MIN_MODULARITY = 1e-4  # below it a graph has no communities, as where colours differ by at most 5 grey levels
 
 
 def modularity(assignment, adjacency, resolution=1.0):
@@ -260,21 +233,15 @@ def modularity_loss(assignment, adjacency, resolution=1.0, collapse_weight=1.0):
     return -modularity(assignment, adjacency, resolution) + collapse_weight * collapse  # eq. (8)
 
 
-# Optimisation of one image -------------------------------------------------------------------------------------
-
-NODE_RMS_NORM = 4  # root mean square of the norms of the node features X
-MIN_MODULARITY = 1e-4  # below it a graph has no communities, as where colours differ by at most 5 grey levels
-
-
 def centre_and_scale(features, adjacency):
-    """The node features X (N,C) of eq. (5) from f (N,C): their mean is subtracted, and their norms are about 4.
+    """The node features X (N,C) of eq. (5) from f (N,C), by degree of mean 0 and of root mean square norm 4.
 
     The paper leaves the scale open. A mean far larger than the deviations from it, as in DINO's keys, saturates the
-    softmax of eq. (5) within a few steps. Means are weighted by degree, as in eq. (6).
+    softmax of eq. (5) within a few steps.
     """
     share = F.normalize(adjacency.sum(1), p=1, dim=0)  # (N,)
     x = features - share @ features
-    return x * (NODE_RMS_NORM / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
+    return x * (4 / (share @ x.square().sum(1)).sqrt().clamp(min=1e-12))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,9 +282,9 @@ def fit(features, adjacency, config=Config(), shared=None):
                 step = capture_cuda_graph(step, device)
             losses.append(step().item())
             improvement = (config.resolution - 1) / config.clusters - losses[-1]  # over the loss at C_ik = 1 / K
-            if config.early_stop and epoch >= 3 and improvement > MIN_MODULARITY:  # at first the loss is on a plateau
-                if losses[-4] - losses[-1] < config.early_stop * improvement:
-                    break
+            slow = epoch >= 3 and losses[-4] - losses[-1] < config.early_stop * improvement
+            if slow and config.early_stop and improvement > MIN_MODULARITY:  # at first the loss is on a plateau
+                break
         with torch.no_grad():
             assignment = network(x, adjacency)
             clusters = F.one_hot(assignment.argmax(1), config.clusters).to(assignment)
@@ -327,11 +294,8 @@ def fit(features, adjacency, config=Config(), shared=None):
     return Fit(assignment, losses, q, network)
 
 
-# UnSegMedGATc: the collective phase, section III ---------------------------------------------------------------
-
-
 def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
-    """The first phase of UnSegMedGATc: config.shared_epochs passes over all images, a step for each, shared parameters.
+    """The first phase of UnSegMedGATc, section III: config.shared_epochs passes over all images, a step for each.
 
     node_sets: a list of functions that return the features f (N,C) and the node weights (N,) of an image; N may differ.
     An image whose function fails is left out. Only one graph is in memory. quiet: show no progress bar.
@@ -343,12 +307,11 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
             nodes.append([tensor.cpu() for tensor in node_set()])
     if not nodes:
         return None
-    steps = nodes * config.shared_epochs
-    with standard_torch(), torch.hub.tqdm(total=len(steps), desc="shared", disable=quiet) as bar:
+    with standard_torch(), torch.hub.tqdm(total=len(nodes) * config.shared_epochs, disable=quiet) as bar:
         with seeded(config.seed):
             network = UnSegMedGAT(nodes[0][0].shape[1], config).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-        for features, node_weights in steps:
+        for features, node_weights in nodes * config.shared_epochs:
             features = features.to(device)
             adjacency = build_graph(features, config.tau, node_weights.to(device))
             assignment = network(centre_and_scale(features, adjacency), adjacency)
@@ -362,7 +325,6 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
 
 # The paper ends here. What follows leads from a photograph to a mask ===========================================
 
-
 LOCK = threading.Lock()  # for torch's random state, which all threads share, and for CUDA graph capture
 
 
@@ -375,10 +337,7 @@ def seeded(seed):
 
 
 def capture_cuda_graph(function, device):
-    """A function that replays function() as a CUDA graph: to launch its 300 kernels takes longer than to run them.
-
-    Call function() a few times before, as its first calls allocate what cannot be captured.
-    """
+    """function(), called a few times before, as a CUDA graph: launching its 300 kernels takes longer than they run."""
     graph = torch.cuda.CUDAGraph()
     with LOCK, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()  # each replay writes its result into this tensor
@@ -398,10 +357,11 @@ def standard_torch():
         torch.set_default_dtype(dtype)
 
 
-# Reading images ------------------------------------------------------------------------------------------------
+# From a photograph to what a backbone sees ---------------------------------------------------------------------
 
 MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a decompression bomb, or a whole slide
 MAX_NODES = 50_000  # larger graphs are refused: the adjacency alone would take over 10 GB
+BOX_MARGIN = 20  # px around the user's box that serve as known background, at least; the margin of the authors' code
 
 
 class ImageError(ValueError):
@@ -457,26 +417,12 @@ def load_image(source):
 
 
 def resize_image(photo, size):
-    """Resize (height,width,C) uint8 to a shorter side of about `size` px, or a longer side of 4 `size` if that is less.
-
-    Returns (C,s,t) in [0,1], s and t multiples of 8.
-    """
+    """(height,width,C) uint8 -> (C,s,t) in [0,1], multiples of 8: the shorter `size` px, or the longer 4 `size`."""
     height, width = photo.shape[:2]
     scale = min(size / min(height, width), 4 * size / max(height, width))
     shape = [max(1, round(side * scale / PATCH)) * PATCH for side in (height, width)]
     image = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
     return (F.interpolate(image, size=shape, mode="bilinear", antialias=True)[0] / 255).clamp(0, 1)
-
-
-def upsample(values, stride):
-    """Interpolate patch values (h,w,K) over the resized image that the patches were cut from: (s,t,K)."""
-    maps = F.interpolate(values.permute(2, 0, 1)[None], scale_factor=stride, mode="bilinear")  # around patch centres
-    return F.pad(maps, [(PATCH - stride) // 2] * 4, mode="replicate")[0].permute(1, 2, 0)
-
-
-# What is segmented: the photograph, or the surroundings of a box -----------------------------------------------
-
-BOX_MARGIN = 20  # px around the user's box that serve as known background, at least; the margin of the authors' code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -530,8 +476,7 @@ def rgb_to_lab(image):
 def find_field_of_view(image):
     """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
 
-    The dark frame of an endoscope or dermatoscope is excluded, and components of another hue than the middle of the
-    image that touch the border and stay near it, such as stickers, rulers and drapes.
+    Others are dark frames, and what has another hue than the middle and stays near the border, as stickers and drapes.
     """
     brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()  # (h,w)
     hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
@@ -548,19 +493,6 @@ def find_field_of_view(image):
     middle = (distance < 0.5) & ~dark if (~dark)[distance < 0.5].any() else distance < 0.5
     other_hue = np.hypot(*(hue - np.median(hue[:, middle], axis=1)[:, None, None])) > 36
     return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6))).float()
-
-
-def check_prompt(box, point, height, width):
-    """The user's box (x0, y0, x1, y1) and point (x, y) as (y0, x0, y1, x1) and (y, x), None as None. Raises ValueError.
-    """
-    if box is None and point is None:
-        return None, None
-    with contextlib.suppress(TypeError, ValueError):  # not numbers, or not so many
-        x0, y0, x1, y1 = map(float, box if point is None else (*point, width, height))
-        if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and (box is None or point is None):
-            return ((y0, x0, y1, x1), None) if point is None else (None, (y0, x0))
-    given = one_line(f"box {box}, point {point}")
-    raise ValueError(f"give one box x0, y0, x1, y1 or one point x, y inside the image, {width} x {height}; got {given}")
 
 
 def view_photograph(photo, config, box=None):
@@ -591,7 +523,12 @@ def view_photograph(photo, config, box=None):
     return dataclasses.replace(view, field_of_view=field_of_view)
 
 
-# Features: the keys of DINO's last block -----------------------------------------------------------------------
+# Features: the keys of DINO's last block, or another backbone's ------------------------------------------------
+# A backbone is a function extract(view): View -> features (N,C), row-major, of any norm. Its __name__ is reported.
+
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
+DOWNLOAD_TIMEOUT = 10  # s without an answer from the host
 
 
 class Block(nn.Module):
@@ -600,17 +537,13 @@ class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
-    def qkv(self, x):
-        """Queries, keys and values of T tokens, before they are split into heads: (B,T,C) -> (B,T,3C)."""
-        return self.attn["qkv"](self.norm1(x))
-
-    def forward(self, x):  # (B,T,C)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B,H,T,D) each
+    def forward(self, x):  # (B,T,C), T tokens
+        qkv = self.attn["qkv"](self.norm1(x))  # (B,T,3C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B,H,T,D) each
         attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,T,D)
         x = x + self.attn["proj"](attended.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
@@ -628,46 +561,29 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)  # not needed for keys, but part of the published file
 
     def keys(self, images, stride=PATCH):
-        """The keys of the last block (section II), before they are split into heads: (B,N,C), row-major.
-
-        images: (B,3,s,t), normalised as for ImageNet. stride: px. Raises ValueError if s or t is no multiple of 8.
-        """
+        """The keys of the last block, all heads: (B,N,C), row-major. images: (B,3,s,t), normalised as for ImageNet."""
         proj = self.patch_embed["proj"]
         if images.shape[2] % PATCH or images.shape[3] % PATCH:
             raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch, {PATCH}")
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
-        # On the CPU, as MPS has no bicubic interpolation
-        position = F.interpolate(position.cpu(), size=x.shape[2:], mode="bicubic", align_corners=False)  # (1,C,h,w)
+        position = F.interpolate(position.cpu(), size=x.shape[2:], mode="bicubic")  # (1,C,h,w); MPS does not have it
         x = (x + position.to(x.device)).flatten(2).transpose(1, 2)  # (B,N,C)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B,1+N,C)
         for block in self.blocks[:-1]:
             x = block(x)
-        _, keys, _ = self.blocks[-1].qkv(x).chunk(3, dim=2)  # the last block's keys
+        last = self.blocks[-1]
+        _, keys, _ = last.attn["qkv"](last.norm1(x)).chunk(3, dim=2)  # the last block's keys
         return keys[:, 1:]  # (B,N,C), without the class token
 
 
-# Features: the choice of a backbone ----------------------------------------------------------------------------
-# A backbone is a function extract(view): View -> features (N,C), row-major, of any norm. Its __name__ is reported.
-
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
-DINO_SHA256 = "55c8b267f479b614ec20858947ce361ba804846c193e20be74263a096bb6d75e"
-DOWNLOAD_TIMEOUT = 10  # s without an answer from the host
-
-
 def read_dino(path):
-    """ViT-S/8 with the weights of a file, in evaluation mode, without gradients.
-
-    path: the published backbone, timm's copy of it, or the full checkpoint, whose teacher is taken.
-    Raises ValueError, which names the file, if it cannot be read or holds other weights.
-    """
+    """ViT-S/8 with the weights of a file: the published backbone, or the full checkpoint, whose teacher is taken."""
     model = VisionTransformer()
     try:
-        # The full checkpoint also holds its command line, an argparse.Namespace. Nothing else is allowed
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the full checkpoint's command line
             state = torch.load(path, map_location="cpu", weights_only=True)
         if "teacher" in state:  # which also has a head
             backbone = [name for name in state["teacher"] if name.startswith("backbone.")]
@@ -681,13 +597,11 @@ def read_dino(path):
 
 @standard_torch()
 def load_dino(weights=None, progress=True):
-    """ViT-S/8 from a file of weights, or from torch.hub's cache, into which it is downloaded if missing or damaged.
-
-    Raises ValueError for a file that `read_dino` refuses, OSError if the download fails or has another SHA-256.
-    """
-    path, timeout = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.split("/")[-1], socket.getdefaulttimeout()
+    """ViT-S/8 from a file of weights (ValueError if they are others'), or from torch.hub's cache, into which it is
+    downloaded if missing or damaged (OSError if that fails, or has another SHA-256)."""
     if weights:
         return read_dino(weights)
+    path, timeout = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.split("/")[-1], socket.getdefaulttimeout()
     with contextlib.suppress(ValueError):
         return read_dino(path)
     try:
@@ -704,11 +618,10 @@ def load_dino(weights=None, progress=True):
 def pick_device(device):
     """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for a kind that is missing."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if not {"cuda": cuda, "mps": mps}.get(str(device).partition(":")[0], True):
+    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+    if not {"cuda": cuda, "mps": mps}.get(device.type, True):
         raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def builtin(view):
@@ -718,79 +631,54 @@ def builtin(view):
 
 @functools.lru_cache(maxsize=1)
 def load_backbone(name="auto", weights=None, device="auto", progress=True):
-    """A backbone by name: "dino"; "builtin", the colour alone; "auto", DINO if its weights are available, else the
-    colour alone, with a warning; or a Python file that defines extract(view). weights: see `load_dino`.
+    """A backbone by name: "dino", "builtin" (the colour alone), "auto", or a Python file that defines extract(view).
 
-    Raises ValueError for a bad file, and for weights beside another backbone than DINO; and what load_dino raises.
+    "auto" is DINO if its weights are available, else the colour alone, with a warning. weights: see `load_dino`.
     """
-    if name not in ("auto", "dino") and weights:
-        raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
-    if name == "builtin":
-        return builtin
     if name not in ("auto", "dino"):
+        if weights:
+            raise ValueError(f"weights are for the dino backbone: leave them out with {name}")
+        if name == "builtin":
+            return builtin
         sys.path.append(str(Path(name).parent.resolve()))  # for modules beside the file
         try:
             extract = runpy.run_path(name, run_name=Path(name).stem)["extract"]
         except (Exception, SystemExit) as error:  # whatever is wrong in it
-            message = f"{type(error).__name__}: {one_line(error)}; a Python file must define extract(view)"
-            raise ValueError(f"backbone {name}: {message}") from error
+            raise ValueError(f"backbone {name}: {type(error).__name__}: {error}; must define extract(view)") from error
         extract.__name__ = name
         return extract
     try:
-        model, device = load_dino(weights, progress), pick_device(device)
+        model = load_dino(weights, progress).to(pick_device(device))
     except OSError as error:
         if name == "dino":
             raise
         log.warning("DINO's weights are not available: %s. Using the colour alone instead; for DINO, download %s on "
                     "another machine and pass it as --weights FILE.", error, DINO_URL)  # fmt: skip
         return builtin
-    model.to(device)
 
     def dino(view):
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # ImageNet's
-        return model.keys(((view.image - mean) / std)[None].to(device), view.stride)[0]
+        return model.keys(((view.image - mean) / std)[None].to(model.cls_token.device), view.stride)[0]
 
     return dino
 
 
-def extract_features(extract, view, device):
-    """A backbone's features of a View: (N,C), rows of norm 1; C is 0 for the colour alone. Raises ValueError."""
-    (h, w), name = view.grid, getattr(extract, "__name__", "extract")
-    try:
-        with torch.no_grad():  # a copy of the image, as it may be changed in place
-            features = extract(dataclasses.replace(view, image=view.image.clone())).to(device, torch.float32)
-        if features.ndim != 2 or len(features) != h * w or not features.isfinite().all():
-            raise ValueError(f"it must return finite ({h * w},C) for {h} x {w} patches, got {(*features.shape,)}")
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"backbone {name}: extract failed: {type(error).__name__}: {one_line(error)}") from error
-    return F.normalize(features, dim=1)
-
-
-CONSTANT_FEATURE = 50  # in units of Lab
-
-
 def colour_features(lab, background):
-    """Lab colours of patches (N,3) as features (N,4) of norm 1; they need no learned weights.
+    """Lab colours of patches (N,3), minus their mean weighted by background (N,), as features (N,4) of norm 1.
 
-    background: (N,) weights of the mean that is subtracted. Eq. (1) compares directions, so a constant fourth feature
-    keeps patches of nearly the background's colour similar, whatever their noise.
+    Eq. (1) compares directions: a constant fourth feature keeps patches of nearly the background's colour similar.
     """
-    return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=CONSTANT_FEATURE), dim=1)
+    return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=50), dim=1)
 
 
 def join_features(deep, colour, colour_weight):
-    """The features of a backbone (N,C) beside those of the colour (N,4), rows of norm 1: (N,C+4).
-
-    Their cosine similarity is the weighted mean of both: (1 - colour_weight) cos(deep) + colour_weight cos(colour).
-    """
+    """Features (N,C) and colours (N,4) as (N,C+4), whose cosine similarity is the weighted mean of those of both."""
     return torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
 
 
 # Where the object is, roughly ----------------------------------------------------------------------------------
 
 DISC_RADII = np.geomspace(0.07, 0.65, 16)  # in shorter sides of the search area
-SIZE_EXPONENT, POINT_SIZE_EXPONENT = 0.6, 0.2  # a disc's score grows with its radius, less so where a point is given
-POINT_SIGMA = 0.35  # radii, how far the point may be from the centre of its disc
 # Position prior (L, r) for each prompt: log-odds fall linearly from +L at the ellipse's centre, through 0 at r radii,
 # to -L at 2 r. An object nearly fills a tight box; a disc is smaller than its object, less so at a point. Tuned.
 POSITION_PRIOR = {"box": (8, 1.1), "point": (3, 1.4), "": (2, 1.6)}
@@ -809,10 +697,7 @@ def background_weights(view):
 
 
 def remove_trend(features, view):
-    """Features (N,C) minus their quadratic trend over the image, a least-squares fit of the background.
-
-    Learned features vary with the position in the frame, because of zero padding or position embeddings.
-    """
+    """Features (N,C) minus a quadratic fit of the background: learned ones vary with the position in the frame."""
     y, x = (side.expand(view.grid).flatten() for side in view.position_in((0, 0, *view.image.shape[1:])))
     terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=1)  # (N,6)
     weighted = (terms * (background_weights(view).flatten()[:, None] + 1e-3)).T
@@ -820,35 +705,23 @@ def remove_trend(features, view):
     return features - terms @ torch.linalg.solve(weighted @ terms + ridge, weighted @ features)
 
 
-def feature_maps(view, deep, lab, colour_weight):
-    """Maps (C,h,w) of a backbone's features (N,C) and of the colours (N,3), weighted as in `join_features`."""
-    maps = []
-    colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
-    for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
-        if weight:
-            scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # 12 nearly keep the distances
-    return maps
-
-
 def disc_contrasts(values, view, radii):
     """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in px.
 
-    values: (C,h,w). A contrast is the distance of two means; that to the ring is reduced where disc or ring lie partly
-    outside the field of view.
+    A contrast is the distance of the means of values (C,h,w), that to the ring less at the field of view's border.
     """
     background = background_weights(view)
     common = (values * background).sum((1, 2)) / background.sum().clamp(min=1e-6)
     layers = torch.cat([values, torch.ones_like(values[:1])]) * view.field_of_view  # (C+1,h,w): the last counts patches
     to_ring, to_background = [], []
     for radius in radii / view.stride:
-        side = torch.arange(-int(1.4 * radius + 0.7), int(1.4 * radius + 0.7) + 1.0)
+        outer = 1.4 * radius + 0.7
+        side = torch.arange(-int(outer), int(outer) + 1.0)
         distance = torch.hypot(side[:, None], side)
-        disc = (distance <= radius).float()
-        ring = (distance <= 1.4 * radius + 0.7).float() - disc
-        sums = F.conv2d(layers[:, None], torch.stack([disc, ring])[:, None], padding=len(side) // 2)  # (C+1,2,h,w)
+        shapes = torch.stack([distance <= radius, (distance > radius) & (distance <= outer)]).float()  # disc, ring
+        sums = F.conv2d(layers[:, None], shapes[:, None], padding=len(side) // 2)  # (C+1,2,h,w)
         means = sums[:-1] / sums[-1].clamp(min=1)
-        visible = sums[-1] / torch.stack([disc.sum(), ring.sum()]).clamp(min=1)[:, None, None]  # 1: all of it
+        visible = sums[-1] / shapes.sum((1, 2)).clamp(min=1)[:, None, None]  # 1: all of it
         to_ring.append((means[:, 0] - means[:, 1]).norm(dim=0) * visible[0] * visible[1].sqrt())
         to_background.append((means[:, 0] - common[:, None, None]).norm(dim=0))
     return torch.stack(to_ring), torch.stack(to_background)
@@ -857,15 +730,15 @@ def disc_contrasts(values, view, radii):
 def find_disc(maps, view, point=None):
     """The disc that stands out from its surroundings, as an ellipse (y, x, radius, radius), px.
 
-    First the most salient point: the centre of the disc with the largest product of its contrasts to its ring and to
-    the background (Itti, Koch and Niebur 1998; Achanta et al. 2009), over all maps, as the object stands out in each.
-    Then the size: of the discs near it, or near the user's point (y, x), the one with the largest contrast to its ring.
+    First the salient point: the centre of the disc of the largest contrasts to its ring and to the background in all
+    maps (Itti, Koch and Niebur 1998; Achanta et al. 2009). Then the size: of the discs near it, or near the user's
+    point (y, x), the one with the largest contrast to its ring.
     """
     (cy, cx), (y, x), (y0, x0, y1, x1) = view.centres(), view.position_in(view.search_area), view.search_area
     inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # an object seldom touches the border
     radii = torch.from_numpy(DISC_RADII).float() * min(y1 - y0, x1 - x0)  # px
     contrasts = [disc_contrasts(values, view, radii) for values in maps]
-    radii, exponent = radii[:, None, None], SIZE_EXPONENT if point is None else POINT_SIZE_EXPONENT
+    radii, exponent = radii[:, None, None], 0.6 if point is None else 0.2  # large discs score more, less so at a point
 
     def best(score):  # (R,h,w)
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
@@ -875,7 +748,7 @@ def find_disc(maps, view, point=None):
         # The bound keeps the other map's contrasts where one map is constant
         salience = math.prod((to_ring * to_background.sqrt()).clamp(min=1e-12) for to_ring, to_background in contrasts)
         point = best(salience ** (1 / len(maps)) * radii**exponent * inland)[:2]
-    near = torch.exp(-((torch.hypot(cy - point[0], cx - point[1]) / radii / POINT_SIGMA) ** 2) / 2)
+    near = torch.exp(-((torch.hypot(cy - point[0], cx - point[1]) / radii / 0.35) ** 2) / 2)  # within 0.35 radii
     to_ring = sum(to_ring.square() for to_ring, _ in contrasts).sqrt()  # in the maps side by side
     return best(to_ring * radii**exponent * near)
 
@@ -883,9 +756,8 @@ def find_disc(maps, view, point=None):
 def box_is_tight(maps, view):
     """Whether the object fills the user's box; if not, it is somewhere inside.
 
-    The box is loose if, in every map, the rim of the inscribed ellipse is similar to the outside of the box: less than
-    0.2 of the way to the middle. A map in which middle and outside differ by less than one standard deviation cannot
-    tell; the box is then taken as tight.
+    It is loose if, in every map, the rim of the inscribed ellipse is similar to the outside: less than 0.2 of the way
+    to the middle. A map in which these two differ by less than one standard deviation takes the box as tight.
     """
     y, x = view.position_in(view.search_area)
     distance, visible = torch.hypot(y, x), view.field_of_view > 0
@@ -902,47 +774,64 @@ def box_is_tight(maps, view):
     return False
 
 
-def locate_object(view, deep, lab, config, box=None, point=None):
-    """The View with the object's ellipse: the user's box if it is tight, else the disc from `find_disc`.
-
-    deep: a backbone's features (N,C). lab: colours of the patches (N,3). box, point: from `check_prompt`.
-    """
-    maps = feature_maps(view, deep, lab, config.colour if deep.shape[1] else 1)
+def locate_object(view, deep, lab, colour_weight, box, point):
+    """The View with the object's ellipse, from features (N,C) and colours (N,3): the box if tight, else a disc."""
+    maps, replace = [], functools.partial(dataclasses.replace, view)
+    colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
+    for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
+        if weight:  # weighted as in `join_features`; 12 components nearly keep the distances
+            scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
+            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # (12,h,w)
     if box and box_is_tight(maps, view):
         y0, x0, y1, x1 = view.search_area
-        ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
-        return dataclasses.replace(view, ellipse=ellipse, prompt="box")
+        return replace(ellipse=((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), prompt="box")
     if not point:
-        return dataclasses.replace(view, ellipse=find_disc(maps, view))
+        return replace(ellipse=find_disc(maps, view))
     y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.opaque.shape))
     nearest = sum((centre - at) ** 2 for centre, at in zip(view.centres(), (y, x))).argmin()
-    searched, reach = view, 1.0
-    if not view.field_of_view.flatten()[nearest]:  # what the user points at is no frame
-        searched = dataclasses.replace(view, field_of_view=torch.ones(view.grid))
-        reach = POSITION_PRIOR["point"][1]
-    view = dataclasses.replace(view, ellipse=find_disc(maps, searched, (y, x)), prompt="point")
-    inside = (view.distance_in_radii() <= reach).float()  # nor is what lies in its disc
-    return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside))
+    excluded = view.field_of_view.flatten()[nearest] == 0  # what the user points at is no frame
+    searched = replace(field_of_view=torch.ones(view.grid)) if excluded else view
+    view = replace(ellipse=find_disc(maps, searched, (y, x)), prompt="point")
+    inside = view.distance_in_radii() <= (POSITION_PRIOR["point"][1] if excluded else 1)  # nor is what lies in its disc
+    return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside.float()))
+
+
+def check_prompt(box, point, height, width):
+    """The user's box (x0, y0, x1, y1) as (y0, x0, y1, x1) or point (x, y) as (y, x), the other None, or ValueError."""
+    with contextlib.suppress(TypeError, ValueError):  # not numbers, or not so many
+        x0, y0, x1, y1 = map(float, box if point is None else (*point, width, height))
+        if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and (box is None or point is None):
+            return ((y0, x0, y1, x1), None) if point is None else (None, (y0, x0))
+    given = one_line(f"box {box}, point {point}")
+    raise ValueError(f"give one box x0, y0, x1, y1 or one point x, y inside the image, {width} x {height}; got {given}")
 
 
 @standard_torch()
 def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), node weights (N,).
 
-    photo: (height,width,3) uint8, or (height,width,4) from `load_image`. extract: a backbone. box, point: as in
-    `segment`. Raises ValueError for a box or point that cannot be used, or both, and for a backbone that fails.
+    photo: (height,width,3 or 4) uint8. box, point: as in `segment`. Raises ValueError for a bad prompt or backbone.
     """
-    box, point = check_prompt(box, point, *photo.shape[:2])
+    if box is not None or point is not None:
+        box, point = check_prompt(box, point, *photo.shape[:2])
     view = view_photograph(photo, config, box)
-    deep = extract_features(builtin if config.colour == 1 else extract, view, device)
+    (h, w), copy = view.grid, dataclasses.replace(view, image=view.image.clone())  # as it may be changed in place
+    try:
+        with torch.no_grad():
+            deep = (builtin if config.colour == 1 else extract)(copy).to(device, torch.float32)
+        if deep.ndim != 2 or len(deep) != h * w or not deep.isfinite().all():
+            raise ValueError(f"it must return finite ({h * w},C) for {h} x {w} patches, got {(*deep.shape,)}")
+    except (Exception, SystemExit) as error:
+        what = f"backbone {getattr(extract, '__name__', 'extract')}: extract failed: {type(error).__name__}"
+        raise ValueError(f"{what}: {one_line(error)}") from error
+    deep, has_deep = F.normalize(deep, dim=1), deep.shape[1] > 0
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
-    view = locate_object(view, deep, lab, config, box, point)
+    view = locate_object(view, deep, lab, config.colour if has_deep else 1, box, point)
     distance, node_weights = view.distance_in_radii(), view.field_of_view
     if config.fade_radii:  # smaller weights are 0, as their products are denormal, which is slow on a CPU
         node_weights = node_weights * F.threshold(torch.exp(-((distance / config.fade_radii) ** 4) / 2), 1e-6, 0.0)
     colour = colour_features(lab, ((distance > 1) * view.field_of_view + 1e-3).flatten()).to(device)
-    features = join_features(deep, colour, config.colour) if deep.shape[1] else colour
-    return view, features, node_weights.flatten().to(device)
+    return view, join_features(deep, colour, config.colour) if has_deep else colour, node_weights.flatten().to(device)
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
@@ -951,8 +840,7 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
 def order_clusters(view, assignment, node_weights):
     """The clusters in order from background to object: the assignment (N,K), and the number of background clusters.
 
-    A cluster is foreground if it is more common inside the ellipse than in the whole graph, nodes counting by weight.
-    Of two clusters exactly one is, unless both are equally common. The rule is ours, as the paper states none.
+    Foreground are those more common inside the ellipse than in the whole graph, nodes counting by weight: our rule.
     """
     inside = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
     shares = [weights @ assignment / weights.sum().clamp(min=1e-6) for weights in (inside, node_weights)]  # (K,) each
@@ -963,33 +851,27 @@ def order_clusters(view, assignment, node_weights):
 def select_foreground(view, assignment, n_background, adjacency, node_weights, config):
     """The probability of each patch to be object, (N,) in [0,1].
 
-    assignment: (N,K) from `order_clusters`; its first n_background clusters are background. adjacency: (N,N).
-    The sum of the foreground clusters if config.similarity_weight is 0 or there are none. Otherwise patches are judged
-    again, as modularity gives those between two clusters to the smaller one: their log-odds are the position prior plus
-    similarity_weight times the logarithm of (mean similarity to the foreground / to the background).
+    assignment: (N,K) from `order_clusters`; its first n_background clusters are background. If similarity_weight is 0
+    the others are summed. Otherwise patches are judged again, as modularity gives those between two clusters to the
+    smaller one: their log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to
+    the foreground / to the background).
     """
     foreground = assignment[:, n_background:].sum(1)
     if config.similarity_weight and n_background < config.clusters:
         membership = torch.stack([foreground, 1 - foreground], dim=1)  # (N,2)
-        mean_similarity = adjacency @ membership  # of patch i: w_i sum_j w_j membership_j f_i f_j
-        mean_similarity = mean_similarity / node_weights.clamp(min=1e-12)[:, None]
-        mean_similarity = mean_similarity / (node_weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1]
-        logs = mean_similarity.clamp(min=0.01).log()  # smaller similarities are noise
+        similarity = adjacency @ membership / node_weights.clamp(min=1e-12)[:, None]  # to w_j membership_j f_j, summed
+        similarity = similarity / (node_weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1], the mean
+        logs = similarity.clamp(min=0.01).log()  # smaller similarities are noise
         strength, radius = POSITION_PRIOR[view.prompt]
         prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
         foreground = torch.sigmoid(config.similarity_weight * (logs[:, 0] - logs[:, 1]) + prior.to(logs))
     return foreground * (node_weights > 0)  # the others have no edges
 
 
-def refine(view, foreground, config):
-    """A foreground (s,t) in [0,1], of the resized image: refined by the bilateral solver and smoothed."""
-    if config.refine:
-        guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
-        # Confidence is twice |log-odds|, at most 32: where patches are unsure, colours decide. At odds of 5 to 3 it is
-        # about the 0.999 that the authors' code gives every pixel, so their lambda holds.
-        confidence = 2 * np.abs(logit(foreground.clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
-        foreground = bilateral.solve(foreground, guide, confidence, smoothness=config.bilateral_lambda)
-    return ndimage.gaussian_filter(foreground, config.mask_blur)
+def upsample(values, stride):
+    """Interpolate patch values (h,w,K) over the resized image that the patches were cut from: (s,t,K)."""
+    maps = F.interpolate(values.permute(2, 0, 1)[None], scale_factor=stride, mode="bilinear")  # around patch centres
+    return F.pad(maps, [(PATCH - stride) // 2] * 4, mode="replicate")[0].permute(1, 2, 0)
 
 
 def clean_mask(mask, keep_components):
@@ -1003,15 +885,19 @@ def clean_mask(mask, keep_components):
 
 
 def make_mask(view, assignment, adjacency, node_weights, config):
-    """The clusters of the patches, assignment (N,K), as maps over the photograph.
-
-    Returns a dictionary: the mask, probability and labels of a Segmentation, and the ordered assignment.
-    """
+    """The clusters (N,K) over the photograph: {mask, probability, labels, assignment (ordered)}, as in Segmentation."""
     assignment, n_background = order_clusters(view, assignment, node_weights)
     foreground = select_foreground(view, assignment, n_background, adjacency, node_weights, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
-    maps[..., 0] = refine(view, maps[..., 0], config)
+    soft = maps[..., 0]
+    if config.refine:
+        guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
+        # Confidence is twice |log-odds|, at most 32: where patches are unsure, colours decide. At odds of 5 to 3 it is
+        # about the 0.999 that the authors' code gives every pixel, so their lambda holds.
+        confidence = 2 * np.abs(special.logit(soft.clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
+        soft = bilateral.solve(soft, guide, confidence, smoothness=config.bilateral_lambda)
+    maps[..., 0] = ndimage.gaussian_filter(soft, config.mask_blur)
     y0, x0, y1, x1 = view.crop
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
     maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,*crop)
@@ -1026,9 +912,6 @@ def make_mask(view, assignment, adjacency, node_weights, config):
     labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
     assignment = assignment.cpu().unflatten(0, view.grid).numpy()
     return {"mask": mask, "probability": probability, "labels": labels, "assignment": assignment}
-
-
-# The whole method ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1049,17 +932,13 @@ class Segmentation:
 
 @standard_torch()
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, device="auto", shared=None):
-    """Segment one photograph: the whole method.
+    """Segment one photograph: the whole method. Returns a Segmentation; a warning says why a mask is empty.
 
     image: a path, a PIL image, or a uint8 array (height,width,3) or (height,width).
-    box: (x0, y0, x1, y1) px, ends excluded: the object is inside this rectangle, tight or loose; the rest is
-        background.
-    point: (x, y) px, near the middle of the object. Without box and point the object is searched in the whole image.
-    backbone: "auto", "dino", "builtin", a Python file, or a function; weights: see `load_backbone`.
-    device: "auto", "cpu", "cuda" or "mps".
+    box: (x0, y0, x1, y1) px, ends excluded, around the object, tight or loose. point: (x, y) px, near its middle.
+    backbone: a name (see `load_backbone`, also for weights), a Python file or a function. device: see `pick_device`.
     shared: a state_dict from `fit_collective`; without it config.shared_epochs has no effect.
-    Returns a Segmentation; a warning says why a mask is empty. Raises ImageError for an image that cannot be segmented,
-    and ValueError or OSError for a prompt, weights, a backbone or a device that cannot be used.
+    Raises ImageError for an image that cannot be segmented, else ValueError or OSError for what cannot be used.
     """
     device = pick_device(device)
     extract = backbone if callable(backbone) else load_backbone(backbone, weights, device)
@@ -1071,12 +950,11 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     if not maps["mask"].any():
         excluded = (view.field_of_view == 0).float().mean().item()
         reason = "no communities were found" if fitted.modularity < MIN_MODULARITY else "nothing is left after cleaning"
+        reason = "everything is excluded" if excluded == 1 else reason
         log.warning("%s: the mask is empty: %s; %.0f %% of the image is excluded as dark frame, sticker or transparent",
-                    image if isinstance(image, (str, Path)) else "the image",
-                    "everything is excluded" if excluded == 1 else reason, 100 * excluded)  # fmt: skip
-    name = getattr(extract, "__name__", "extract")
+                    image if isinstance(image, (str, Path)) else "the image", reason, 100 * excluded)  # fmt: skip
     return Segmentation(photo[..., :3], **maps, view=view, features=features, node_weights=node_weights, fit=fitted,
-                        backbone=name)  # fmt: skip
+                        backbone=getattr(extract, "__name__", "extract"))  # fmt: skip
 
 
 # Pictures, by torchvision, which is imported where it is used as that takes over a second ----------------------
@@ -1094,12 +972,10 @@ def overlay(rgb, mask):
     return Image.fromarray(tinted.permute(1, 2, 0).numpy())
 
 
-def heatmap(values, grid, marked=None):
-    """Values (N,) of a grid (h,w) from black for 0 over red and yellow to white, one marked in blue: a PIL image."""
-    values = np.asarray(values).reshape(grid) / max(float(values.max()), 1e-12)
-    picture = Image.fromarray((np.clip(values[..., None] * 3 - np.arange(3), 0, 1) * 255).astype(np.uint8))
-    if marked is not None:
-        picture.putpixel((marked % grid[1], marked // grid[1]), (0, 160, 255))
+def palette_image(labels):
+    """Labels (height,width) uint8 as a palette image: its pixels are the labels, its palette makes them visible."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(np.ravel(PALETTE).tolist())
     return picture
 
 
@@ -1121,35 +997,32 @@ def captioned_grid(pictures, size, columns):
 def explain(result, config):
     """The stages of a Segmentation side by side: a PIL image. The blue patch is the surest one of the object."""
     view, (y, x, ry, rx), object_share = result.view, result.view.ellipse, result.assignment[..., -1].ravel()
-    located = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy())
-    ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=PALETTE[1], width=3)
-    components = F.pad(pca(result.features.cpu(), 3), (0, 3))[:, :3]
-    components = (components - components.amin(0)) / (components.amax(0) - components.amin(0)).clamp(min=1e-6)
-    colours = Image.fromarray((components.unflatten(0, view.grid).numpy() * 255).astype(np.uint8))
-
     adjacency, network = build_graph(result.features, config.tau, result.node_weights), result.fit.network
     node = int((object_share * result.node_weights.cpu().numpy()).argmax())
     with torch.no_grad():
         _, score_dst, score_src = network.series[0][0].project(centre_and_scale(result.features, adjacency))
         alpha = attention_weights(score_dst[:, node : node + 1], score_src, adjacency[node : node + 1])  # (H,1,N)
+    located = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy())
+    ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=PALETTE[1], width=3)
+    components = F.pad(pca(result.features.cpu(), 3), (0, 3))[:, :3].numpy()
+    colours = [(components - components.min(0)) / np.ptp(components, axis=0).clip(min=1e-6)]  # (N,3) in [0,1] each
+    for values in (adjacency[node].cpu().numpy(), alpha.mean(0)[0].cpu().numpy(), object_share):
+        share = values[:, None] / max(values.max(), 1e-12)  # from black for 0 over red and yellow to white
+        colours.append((3 * share - np.arange(3)).clip(0, 1))
+    maps = [Image.fromarray((values.reshape(*view.grid, 3) * 255).astype(np.uint8)) for values in colours]
+    for panel in maps[1:3]:
+        panel.putpixel((node % view.grid[1], node // view.grid[1]), (0, 160, 255))
     y0, x0, y1, x1 = view.crop
     scale = 256 / min(y1 - y0, x1 - x0)
-    pictures = [
-        ("1  where the object is, roughly", located),
-        (f"2  features ({Path(result.backbone).name}), PCA", colours),
-        ("3  graph: edges of the blue patch", heatmap(adjacency[node].cpu(), view.grid, node)),
-        ("4  its attention, first layer", heatmap(alpha.mean(0)[0].cpu(), view.grid, node)),
-        ("5  soft assignment", heatmap(object_share, view.grid)),
-        ("6  mask", overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1])),
-    ]
-    return captioned_grid(pictures, (round((x1 - x0) * scale), round((y1 - y0) * scale)), columns=3)
-
-
-def palette_image(labels):
-    """Labels (height,width) uint8 as a palette image: its pixels are the labels, its palette makes them visible."""
-    picture = Image.fromarray(labels)
-    picture.putpalette(np.ravel(PALETTE).tolist())
-    return picture
+    pictures = {
+        "1  where the object is, roughly": located,
+        f"2  features ({Path(result.backbone).name}), PCA": maps[0],
+        "3  graph: edges of the blue patch": maps[1],
+        "4  its attention, first layer": maps[2],
+        "5  soft assignment": maps[3],
+        "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]),
+    }
+    return captioned_grid(pictures.items(), (round((x1 - x0) * scale), round((y1 - y0) * scale)), columns=3)
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -1172,8 +1045,7 @@ def parse_numbers(text):
 def add_common_flags(parser, presets):
     """Add the flags that both programs have: the backbone, the device, and one for every field of Config."""
     add = parser.add_argument
-    add("--backbone", default="auto", metavar="NAME", help="features: dino; builtin, the colour alone; auto (default), "
-        "DINO's if available; FILE.py, which defines extract(view)")  # fmt: skip
+    add("--backbone", default="auto", help="dino; builtin, the colour alone; auto (default), either; or FILE.py")
     add("--weights", type=Path, help="file with DINO's weights; default: torch.hub's, or a download")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--quiet", action="store_true", help="print results, warnings and errors only")
@@ -1197,18 +1069,15 @@ def parse_args(parser, argv=None, presets=PRESETS):
 
 def build_parser():
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="unsegmedgat.py",
-        description="Unsupervised segmentation of medical photographs (UnSegMedGAT). Not a medical device.",
-        epilog="Exit code: 0 all images done, 1 some image failed, 2 wrong use, 130 interrupted. Outputs appear whole.",
-    )
+    text = "Unsupervised segmentation of medical photographs (UnSegMedGAT). Not a medical device."
+    epilog = "Exit code: 0 all images done, 1 some image failed, 2 wrong use, 130 interrupted. Outputs appear whole."
+    parser = argparse.ArgumentParser("unsegmedgat.py", description=text, epilog=epilog)
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
-    add("--point", type=parse_numbers, action="append", default=[], metavar="X,Y",
-        help="px, near the middle of the object")  # fmt: skip
-    add("--box", type=parse_numbers, action="append", default=[], metavar="X0,Y0,X1,Y1",
-        help="px, a rectangle around the object, tight or loose; the rest is background")  # fmt: skip
+    prompt = {"type": parse_numbers, "action": "append", "default": []}
+    add("--point", metavar="X,Y", help="px, near the middle of the object", **prompt)
+    add("--box", metavar="X0,Y0,X1,Y1", help="px, a rectangle around the object, tight or loose", **prompt)
     for kind in [*OUTPUTS][1:]:
         add(f"--{kind}", action="store_true", help=f"also write MASK_{kind}.png, {OUTPUTS[kind][0]}")
     add("--skip-existing", action="store_true", help="skip images whose outputs all exist")
@@ -1225,33 +1094,31 @@ def plan_outputs(args):
     """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
     images, output = {}, args.output  # {absolute path: path}, so that each is done once
     for path in args.images:
-        entries = [entry for entry in sorted(path.iterdir()) if entry.name[0] != "."] if path.is_dir() else []
-        found = [entry for entry in entries if is_image(entry)] if path.is_dir() else [path]
+        entries = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+        found = [entry for entry in entries if entry == path or is_image(entry)]
         if not found:
             raise ValueError(f"{path}: there is no image in this folder")
         if len(found) < len(entries):
-            log.warning("%s: %d entries are skipped, as they are not images that are read here", path,
-                        len(entries) - len(found))  # fmt: skip
+            log.warning("%s: %d entries are skipped, as they are no images", path, len(entries) - len(found))
         images |= {os.path.abspath(image): image for image in found}
-    inputs = {os.path.realpath(image) for image in images}
+    taken = {os.path.realpath(image) for image in images}
     single = output.suffix.lower() == ".png" and not output.is_dir()
     if single and (len(images) > 1 or args.images[0].is_dir()):
         raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
     if not single and output.suffix and not output.is_dir():
         raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
-    if os.path.realpath(output) in {os.path.dirname(path) for path in inputs}:
+    if os.path.realpath(output) in {os.path.dirname(path) for path in taken}:
         raise ValueError(f"{output}: holds input images; choose another folder for the masks")
     if not os.access(output if output.is_dir() else output.parent, os.W_OK):
         raise ValueError(f"{output}: there is no such folder, or no permission to write there")
-    plan, taken = [], inputs
+    plan = []
     for image in images.values():
         mask = output if single else output / f"{image.stem}.png"
-        outputs = {"mask": mask} | {kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in OUTPUTS
-                                    if getattr(args, kind, False)}  # fmt: skip
+        extras = [kind for kind in OUTPUTS if getattr(args, kind, False)]
+        outputs = {"mask": mask} | {kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in extras}
         for path in outputs.values():
             if path.is_dir() or os.path.realpath(path) in taken:
-                raise ValueError(f"{path}: written for {image}, it would overwrite an input, a folder or another "
-                                 "output: choose another output, or rename an image")  # fmt: skip
+                raise ValueError(f"{path}: the output for {image} would overwrite an input, a folder or another output")
             taken.add(os.path.realpath(path))
         plan.append((image, outputs))
     return plan
@@ -1278,9 +1145,8 @@ def print_line(text):
 
 def rank_and_world():
     """The rank of this process and the number of processes; (0, 1) outside a torch.distributed run."""
-    if not (distributed.is_available() and distributed.is_initialized()):  # some builds of torch have no distributed
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    several = distributed.is_available() and distributed.is_initialized()  # some builds of torch have no distributed
+    return (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
 
 
 def segment_all(args, config):
@@ -1305,14 +1171,13 @@ def segment_all(args, config):
             for kind, path in outputs.items():
                 with atomic_write(path) as part:
                     OUTPUTS[kind][1](result, config).save(part, format="PNG")
+            seconds, q, share = time.perf_counter() - start, result.fit.modularity, result.mask.mean()
+            line = f"foreground {share:.1%}, modularity {q:.3f}, backbone {result.backbone}, {seconds:.1f} s"
+            if not args.quiet:
+                print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {line}")
         except Exception as error:  # whatever happens to one image, the others are done
             failures.append(str(image))
             log.error("%s: %s", image, one_line(error))
-            continue
-        if not args.quiet:
-            print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  foreground {result.mask.mean():.1%}, "
-                       f"modularity {result.fit.modularity:.3f}, backbone {result.backbone}, "
-                       f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     if failures and len(plan) > 1:
         log.error("%d failed: %s", len(failures), ", ".join(failures))
     if world > 1:
@@ -1323,18 +1188,16 @@ def segment_all(args, config):
 def run_program(program):
     """The exit code of program(): what it returns, 2 after an error, logged in one line, or 130 after an interrupt."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # `decode_image` has its own limits
+    warnings.filterwarnings("ignore", module=r"PIL\.|torch\.serialization")  # what they warn of ends in an error here
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot show
     try:
-        with contextlib.ExitStack() as stack:
-            if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun's: its processes share the images
-                if torch.cuda.is_available():
-                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-                # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
-                distributed.init_process_group("gloo", timeout=timedelta(days=1))
-                stack.callback(distributed.destroy_process_group)
-            return program()
+        if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun's: its processes share the images
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
+            distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        return program()
     except (ValueError, OSError, RuntimeError) as error:
         log.error("%s", one_line(error))
         return 2
