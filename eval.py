@@ -762,7 +762,10 @@ def bench(argv):
     u.print_line(f"{name}, torch {torch.__version__}\n")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each has its own peak memory
         columns = pool.starmap(bench_column, [(n, device) for n in BENCH], chunksize=1)
-    lines = [[name, *(f"{column[name]:.4g}" if name in column else "" for column in columns)] for name in columns[0]]
+    lines = [
+        [name, *(f"{column[name]:,.{0 if column[name] > 20 else 1}f}" if name in column else "" for column in columns)]
+        for name in columns[0]
+    ]
     u.print_line(as_table(lines))
     return 0
 
