@@ -525,14 +525,15 @@ def as_table(lines):
 
 def markdown(summary, reference=None):
     """The table of a summary, in %, with 95 % intervals in brackets. reference: also these rows of the paper."""
-    lines = [["method", *(title for title, _, _ in TABLE), "failed"]]
+    columns = [column for column in TABLE if column[2] in [*summary.values()][0][column[1]]]  # macro with groups only
+    lines = [["method", *(title for title, _, _ in columns), "failed"]]
     for row, entry in summary.items():
         line = [row]
-        for _, metric, key in TABLE:
+        for _, metric, key in columns:
             interval = entry[metric].get(f"{key}_interval") if metric in ("iou", "dice") else None
             brackets = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
             scale = 1 if metric == "hd95" else 100
-            line.append(f"{scale * entry[metric][key]:.1f}{brackets}" if key in entry[metric] else "")
+            line.append(f"{scale * entry[metric][key]:.1f}{brackets}")
         lines.append([*line, str(len(entry["failed"]))])
     for row, numbers in zip(PUBLISHED, REFERENCES.get(reference, ())):
         lines.append([f"{row} (published)", *(f"{number:.2f}" for number in numbers)])
