@@ -63,25 +63,25 @@ class Config:
     widths: tuple[int, ...] = hyperparameter((128, 64), "m_r, width of each series of GAT layers", "paper, III", low=1)
     layers: int = hyperparameter(2, "t_r, the number of GAT layers in each series", "paper, III", low=1)
     fc_dim: int = hyperparameter(64, "M, the width in which the series are summed, eq. (5)", "paper, III", low=1)
-    clusters: int = hyperparameter(2, "K; above 2 the mask is the union of the foreground clusters", "paper", 2, 8)
+    clusters: int = hyperparameter(2, "K; above 2 the mask is the union of foreground clusters", "ours", 2, 8)
     activation: str = hyperparameter("silu", "non-linearity of eq. (3)", "paper, III", choices=tuple(ACTIVATIONS))
     epochs: int = hyperparameter(60, "largest number of optimiser steps for an image", "paper, III; ISIC: 300", low=1)
     lr: float = hyperparameter(1e-3, "learning rate of AdamW", "paper, III", low=1e-9)
     weight_decay: float = hyperparameter(1e-2, "weight decay of AdamW", "paper: decay factor; authors' code: AdamW")
-    shared_epochs: int = hyperparameter(0, "T0, how many epochs train shared parameters: UnSegMedGATc", "paper: 5, 15")
+    shared_epochs: int = hyperparameter(0, "T0, epochs of shared parameters: UnSegMedGATc", "ours; paper: 5 or 15")
     refine: bool = hyperparameter(True, "refine the mask with the fast bilateral solver", "paper, Fig. 1")
     size: int = hyperparameter(224, "px, shorter side of the resized image", "authors' code", low=2 * PATCH)
     bilateral_lambda: float = hyperparameter(256.0, "lambda, the bilateral solver's smoothness weight", "authors' code")
     keep_components: int = hyperparameter(1, "how many of the largest regions to keep; 0 keeps all", "authors' code")
     stride: int = hyperparameter(8, "px between patches; at 4 or 2 they overlap", "ours; authors: 4", choices=(8, 4, 2))
-    colour: float = hyperparameter(0.7, "weight of the colour beside the backbone's features", "ours; paper: 0", high=1)
+    colour: float = hyperparameter(0.7, "weight of the colour beside learned features", "ours; paper: 0", high=1)
     heads: int = hyperparameter(2, "Z, attention heads, eq. (4); must divide every width", "ours; authors: 1", low=1)
     residual: bool = hyperparameter(True, "add the node's own W h to what eq. (3) aggregates", "ours; paper: no")
     early_stop: float = hyperparameter(0.01, "stop at less than this share of progress in 3 epochs", "ours; paper: 0")
     resolution: float = hyperparameter(1.0, "gamma, the modularity's resolution", "paper; authors: 0.5")
-    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term: clusters of equal size", "paper: 1")
+    collapse_weight: float = hyperparameter(0.0, "weight of eq. (8)'s second term", "ours; paper: 1")
     fade_radii: float = hyperparameter(1.4, "radii around the object beyond which node weights fade", "ours; paper: 0")
-    similarity_weight: float = hyperparameter(16.0, "weight of mean similarities in the mask; 0: clusters", "paper: 0")
+    similarity_weight: float = hyperparameter(16.0, "weight of mean similarities; 0: the clusters", "ours; paper: 0")
     mask_blur: float = hyperparameter(3.0, "px, standard deviation of a blur of the outline", "ours; paper: 0", high=99)
     seed: int = hyperparameter(0, "seed of the network's initial parameters", "ours", high=2**32 - 1)
 
@@ -91,6 +91,7 @@ class Config:
             items, (low, high) = value if isinstance(value, tuple) else (value,), field.metadata["range"]
             number = {float: Real, str: str}.get(kind, Integral)
             valid = all(isinstance(n, number) and (n in choices if choices else low <= n <= high) for n in items)
+            # A bool is an Integral too
             if not (valid and items and all(isinstance(value, t) == (kind is t) for t in (tuple, bool))):
                 raise ValueError(f"{field.name} must be {choices or f'from {low:g} to {high:g}'}, got {value!r}")
         if any(width % self.heads for width in self.widths):
@@ -119,7 +120,7 @@ def build_graph(features, tau, node_weights=None):
     return adjacency if node_weights is None else adjacency.mul_(node_weights).mul_(node_weights[:, None])
 
 
-BLOCK_BYTES, BLOCK_ROWS = 2**26, 256  # a larger (H,N,N) tensor is computed in blocks of so many rows
+BLOCK_BYTES, BLOCK_ROWS = 2**26, 256  # (H,N,N) tensors over BLOCK_BYTES are computed BLOCK_ROWS rows at a time
 
 
 def attention_weights(score_dst, score_src, adjacency):
@@ -130,7 +131,7 @@ def attention_weights(score_dst, score_src, adjacency):
     Returns (H,n,N); row i sums to 1 over the neighbours j of node i, and is uniform for a node without neighbours.
     """
     e = F.leaky_relu(score_dst[:, :, None] + score_src[:, None], 0.2)  # (H,n,N); slope: Velickovic et al. 2018
-    no_edge = torch.where(adjacency > 0, e.new_zeros(()), torch.finfo(e.dtype).min)  # (n,N); a sum has a fast backward
+    no_edge = torch.where(adjacency > 0, e.new_zeros(()), torch.finfo(e.dtype).min)  # (n,N), added: faster than to mask
     return (e + no_edge).softmax(dim=2)  # eq. (2)
 
 
@@ -197,7 +198,7 @@ class UnSegMedGAT(nn.Module):
         self.fc_out = nn.Linear(config.fc_dim, config.clusters)
 
     def forward(self, features, adjacency):
-        """X (N,C), adjacency (N,N), whose edges alone count, so it is not normalised -> C (N,K), rows summing to 1."""
+        """X (N,C), adjacency (N,N) -> C (N,K), rows summing to 1. As edges alone count, A does for the paper's A^."""
         total = 0
         for layers, fc in zip(self.series, self.fc_branch):
             h = features
@@ -234,7 +235,7 @@ def modularity_loss(assignment, adjacency, resolution=1.0, collapse_weight=1.0):
 
 
 def centre_and_scale(features, adjacency):
-    """The node features X (N,C) of eq. (5) from f (N,C), by degree of mean 0 and of root mean square norm 4.
+    """The node features X (N,C) of eq. (5) from f (N,C): mean 0 and root mean square norm 4, both weighted by degree.
 
     The paper leaves the scale open. A mean far larger than the deviations from it, as in DINO's keys, saturates the
     softmax of eq. (5) within a few steps.
@@ -298,7 +299,7 @@ def fit_collective(node_sets, config=Config(), device="cpu", quiet=True):
     """The first phase of UnSegMedGATc, section III: config.shared_epochs passes over all images, a step for each.
 
     node_sets: a list of functions that return the features f (N,C) and the node weights (N,) of an image; N may differ.
-    An image whose function fails is left out. Only one graph is in memory. quiet: show no progress bar.
+    An image whose function fails is left out. Of the graphs only one is in memory. quiet: show no progress bar.
     Returns the state_dict that `fit` takes as `shared`, on the CPU; None without an image.
     """
     nodes = []
@@ -337,7 +338,7 @@ def seeded(seed):
 
 
 def capture_cuda_graph(function, device):
-    """function(), called a few times before, as a CUDA graph: launching its 300 kernels takes longer than they run."""
+    """function(), which has run a few times, as a CUDA graph: to launch its 300 kernels takes longer than they run."""
     graph = torch.cuda.CUDAGraph()
     with LOCK, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()  # each replay writes its result into this tensor
@@ -477,13 +478,14 @@ def find_field_of_view(image):
     """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
 
     Others are dark frames, and what has another hue than the middle and stays near the border, as stickers and drapes.
+    The thresholds are tuned.
     """
     brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()  # (h,w)
     hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
     y, x = (np.abs((np.arange(n) + 0.5) / n * 2 - 1) for n in brightness.shape)  # 0 in the middle, 1 at the border
     distance = np.maximum.outer(y, x)
 
-    def border_components(cells, min_distance):  # of less than 90 % of the image, on average so far from its middle
+    def border_components(cells, min_distance):  # regions at the border, under 90 % of the image, at this mean distance
         labels, _ = ndimage.label(cells)
         touching = np.unique([*labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]])
         kept = [n for n in touching if n and (labels == n).mean() < 0.9 and distance[labels == n].mean() > min_distance]
@@ -625,11 +627,11 @@ def pick_device(device):
 
 
 def builtin(view):
-    """The backbone without learned weights: no features, (N,0). The colour, which is added to all, stands alone."""
+    """The backbone without learned weights: no features, (N,0). The colour, else joined to them, stands alone."""
     return torch.zeros(math.prod(view.grid), 0)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # the last one is kept, as `segment` is called for many images
 def load_backbone(name="auto", weights=None, device="auto", progress=True):
     """A backbone by name: "dino", "builtin" (the colour alone), "auto", or a Python file that defines extract(view).
 
@@ -644,7 +646,8 @@ def load_backbone(name="auto", weights=None, device="auto", progress=True):
         try:
             extract = runpy.run_path(name, run_name=Path(name).stem)["extract"]
         except (Exception, SystemExit) as error:  # whatever is wrong in it
-            raise ValueError(f"backbone {name}: {type(error).__name__}: {error}; must define extract(view)") from error
+            reason = "it must define extract(view)" if error.args == ("extract",) else one_line(error)
+            raise ValueError(f"backbone {name}: {type(error).__name__}: {reason}") from error
         extract.__name__ = name
         return extract
     try:
@@ -732,13 +735,13 @@ def find_disc(maps, view, point=None):
 
     First the salient point: the centre of the disc of the largest contrasts to its ring and to the background in all
     maps (Itti, Koch and Niebur 1998; Achanta et al. 2009). Then the size: of the discs near it, or near the user's
-    point (y, x), the one with the largest contrast to its ring.
+    point (y, x), the one with the largest contrast to its ring. Large discs and the middle of the area count more.
     """
     (cy, cx), (y, x), (y0, x0, y1, x1) = view.centres(), view.position_in(view.search_area), view.search_area
     inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # an object seldom touches the border
     radii = torch.from_numpy(DISC_RADII).float() * min(y1 - y0, x1 - x0)  # px
     contrasts = [disc_contrasts(values, view, radii) for values in maps]
-    radii, exponent = radii[:, None, None], 0.6 if point is None else 0.2  # large discs score more, less so at a point
+    radii, exponent = radii[:, None, None], 0.6 if point is None else 0.2  # of the radius; tuned
 
     def best(score):  # (R,h,w)
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
@@ -748,8 +751,8 @@ def find_disc(maps, view, point=None):
         # The bound keeps the other map's contrasts where one map is constant
         salience = math.prod((to_ring * to_background.sqrt()).clamp(min=1e-12) for to_ring, to_background in contrasts)
         point = best(salience ** (1 / len(maps)) * radii**exponent * inland)[:2]
-    near = torch.exp(-((torch.hypot(cy - point[0], cx - point[1]) / radii / 0.35) ** 2) / 2)  # within 0.35 radii
-    to_ring = sum(to_ring.square() for to_ring, _ in contrasts).sqrt()  # in the maps side by side
+    near = torch.exp(-((torch.hypot(cy - point[0], cx - point[1]) / radii / 0.35) ** 2) / 2)  # sigma 0.35 radii
+    to_ring = sum(to_ring.square() for to_ring, _ in contrasts).sqrt()  # in all maps concatenated
     return best(to_ring * radii**exponent * near)
 
 
@@ -776,7 +779,7 @@ def box_is_tight(maps, view):
 
 def locate_object(view, deep, lab, colour_weight, box, point):
     """The View with the object's ellipse, from features (N,C) and colours (N,3): the box if tight, else a disc."""
-    maps, replace = [], functools.partial(dataclasses.replace, view)
+    maps = []
     colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
     for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
         if weight:  # weighted as in `join_features`; 12 components nearly keep the distances
@@ -784,15 +787,16 @@ def locate_object(view, deep, lab, colour_weight, box, point):
             maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # (12,h,w)
     if box and box_is_tight(maps, view):
         y0, x0, y1, x1 = view.search_area
-        return replace(ellipse=((y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2), prompt="box")
+        ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
+        return dataclasses.replace(view, ellipse=ellipse, prompt="box")
     if not point:
-        return replace(ellipse=find_disc(maps, view))
+        return dataclasses.replace(view, ellipse=find_disc(maps, view))
     y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.opaque.shape))
     nearest = sum((centre - at) ** 2 for centre, at in zip(view.centres(), (y, x))).argmin()
     excluded = view.field_of_view.flatten()[nearest] == 0  # what the user points at is no frame
-    searched = replace(field_of_view=torch.ones(view.grid)) if excluded else view
-    view = replace(ellipse=find_disc(maps, searched, (y, x)), prompt="point")
-    inside = view.distance_in_radii() <= (POSITION_PRIOR["point"][1] if excluded else 1)  # nor is what lies in its disc
+    searched = dataclasses.replace(view, field_of_view=torch.ones(view.grid)) if excluded else view
+    view = dataclasses.replace(view, ellipse=find_disc(maps, searched, (y, x)), prompt="point")
+    inside = view.distance_in_radii() <= (POSITION_PRIOR["point"][1] if excluded else 1)  # which is not excluded either
     return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside.float()))
 
 
@@ -830,6 +834,7 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     distance, node_weights = view.distance_in_radii(), view.field_of_view
     if config.fade_radii:  # smaller weights are 0, as their products are denormal, which is slow on a CPU
         node_weights = node_weights * F.threshold(torch.exp(-((distance / config.fade_radii) ** 4) / 2), 1e-6, 0.0)
+    # Again, as the ellipse now tells what is background
     colour = colour_features(lab, ((distance > 1) * view.field_of_view + 1e-3).flatten()).to(device)
     return view, join_features(deep, colour, config.colour) if has_deep else colour, node_weights.flatten().to(device)
 
@@ -859,7 +864,7 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
     foreground = assignment[:, n_background:].sum(1)
     if config.similarity_weight and n_background < config.clusters:
         membership = torch.stack([foreground, 1 - foreground], dim=1)  # (N,2)
-        similarity = adjacency @ membership / node_weights.clamp(min=1e-12)[:, None]  # to w_j membership_j f_j, summed
+        similarity = adjacency @ membership / node_weights.clamp(min=1e-12)[:, None]  # sum_j w_j s_ij C_jk
         similarity = similarity / (node_weights @ membership).clamp(min=1e-6)  # (N,2) in [0,1], the mean
         logs = similarity.clamp(min=0.01).log()  # smaller similarities are noise
         strength, radius = POSITION_PRIOR[view.prompt]
@@ -894,15 +899,15 @@ def make_mask(view, assignment, adjacency, node_weights, config):
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
         # Confidence is twice |log-odds|, at most 32: where patches are unsure, colours decide. At odds of 5 to 3 it is
-        # about the 0.999 that the authors' code gives every pixel, so their lambda holds.
+        # about the 0.999 that the authors' code gives every pixel, so their lambda holds; else it is that constant.
         confidence = 2 * np.abs(special.logit(soft.clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
         soft = bilateral.solve(soft, guide, confidence, smoothness=config.bilateral_lambda)
     maps[..., 0] = ndimage.gaussian_filter(soft, config.mask_blur)
     y0, x0, y1, x1 = view.crop
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
     maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,*crop)
-    sy, sx = maps.shape[1] / view.image.shape[1], maps.shape[2] / view.image.shape[2]
-    top, left, bottom, right = (round(side * by) for side, by in zip(view.search_area, (sy, sx, sy, sx)))
+    up_y, up_x = maps.shape[1] / view.image.shape[1], maps.shape[2] / view.image.shape[2]  # px of the photograph in one
+    top, left, bottom, right = (round(side * up) for side, up in zip(view.search_area, (up_y, up_x, up_y, up_x)))
     probability, labels = np.zeros(view.opaque.shape, np.float32), np.zeros(view.opaque.shape, np.uint8)
     probability[y0:y1, x0:x1][top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)  # 0 outside
     probability *= view.opaque
@@ -934,7 +939,7 @@ class Segmentation:
 def segment(image, config=Config(), *, box=None, point=None, backbone="auto", weights=None, device="auto", shared=None):
     """Segment one photograph: the whole method. Returns a Segmentation; a warning says why a mask is empty.
 
-    image: a path, a PIL image, or a uint8 array (height,width,3) or (height,width).
+    image: a path, a PIL image, or a uint8 array (height,width[,3 or 4]).
     box: (x0, y0, x1, y1) px, ends excluded, around the object, tight or loose. point: (x, y) px, near its middle.
     backbone: a name (see `load_backbone`, also for weights), a Python file or a function. device: see `pick_device`.
     shared: a state_dict from `fit_collective`; without it config.shared_epochs has no effect.
