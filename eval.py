@@ -2,7 +2,6 @@
 
     python eval.py images/ masks/                               # blind: no ground truth reaches a method
     python eval.py images/ masks/ --protocol point              # a point in the object is given; or box
-    python eval.py images/ masks/ --oracle-features 1           # with features made from the ground truth
     python eval.py images/ masks/ --protocol official --preset official --reference isic2018      # as Table I was made
     python eval.py images/ masks/ --csv scores.csv --resume     # continue an interrupted run
     torchrun --nproc-per-node=8 eval.py images/ masks/          # on several cores, GPUs or machines
@@ -14,12 +13,9 @@ Shapes: N = h * w patches, C features, K clusters; masks are (height,width) bool
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import functools
-import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -27,16 +23,15 @@ import multiprocessing
 import os
 import re
 import sys
-import time
+import timeit
 import zlib
 from pathlib import Path
 
 import numpy as np
-import PIL
 import scipy.cluster.vq
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.spatial import KDTree
 from torch import distributed, nn
@@ -107,8 +102,9 @@ class ARMALayer(nn.Module):
         self.W = nn.Parameter(torch.empty(stacks, out_features, out_features))
         self.V = nn.Parameter(torch.empty(stacks, in_features, out_features))
         self.activation = activation
-        for matrix in [matrix for parameter in self.parameters() for matrix in parameter]:
-            nn.init.xavier_uniform_(matrix)
+        for parameter in self.parameters():
+            for matrix in parameter:
+                nn.init.xavier_uniform_(matrix)
 
     def forward(self, x, propagation):  # (N,in), (N,N) -> (N,out)
         skip = x @ self.V  # (stacks,N,out)
@@ -186,56 +182,20 @@ def trivial_baselines(protocol, shape, prompt):
     return {EVERYTHING: everything, ELLIPSES[protocol]: inscribed}
 
 
-def oracle_backbone(truth, noise, seed):
-    """A backbone whose features are made from the truth (height,width) bool: an ideal backbone, with noise.
-
-    For a patch of which the object covers the fraction c, in region l of a k-means clustering of colours and positions,
-        f = c (0.35 e0 + 0.94 e1) + (1 - c) (0.75 e0 + 0.66 r_l) + noise g / sqrt(384),
-    where e0, e1 and r_1..r_4 are random unit vectors of 384 dimensions, the same for all images, and g is standard
-    normal. seed: a list of integers, the seed of g.
-    """
-    directions = np.random.default_rng(0).standard_normal((6, 384))
-    e0, e1, *regions = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
-
-    def extract(view):
-        y0, x0, y1, x1 = view.crop
-        covered = torch.from_numpy(truth[y0:y1, x0:x1]).float()[None, None]
-        covered = F.interpolate(covered, size=view.image.shape[1:], mode="bilinear", antialias=True)
-        c = F.avg_pool2d(covered, u.PATCH, view.stride).reshape(-1, 1)  # (N,1)
-        lab = F.avg_pool2d(u.rgb_to_lab(view.image), u.PATCH, view.stride)
-        row, column = torch.meshgrid(*(torch.linspace(0, 20, side) for side in view.grid), indexing="ij")
-        appearance = torch.cat([lab, row[None], column[None]]).flatten(1).T.double().numpy()  # (N,5)
-        _, label = scipy.cluster.vq.kmeans2(appearance, len(regions), iter=20, minit="++", seed=0)
-        background = 0.75 * e0 + 0.66 * torch.stack(regions)[label]  # (N,384)
-        g = torch.from_numpy(np.random.default_rng([*seed, *view.crop]).standard_normal(background.shape)).float()
-        return c * (0.35 * e0 + 0.94 * e1) + (1 - c) * background + noise / math.sqrt(384) * g
-
-    extract.__name__ = f"oracle features from the GROUND TRUTH, noise {noise:g}"
-    return extract
-
-
 # Metrics -------------------------------------------------------------------------------------------------------
 
 METRICS = ("iou", "dice", "precision", "recall", "hd95", "nsd")
 FAILED_SCORES = dict.fromkeys(METRICS, 0.0) | {"hd95": 100.0}  # also where exactly one of the masks is empty
 
 
-def parse_tolerance(text):
-    """A tolerance, "2%" of the diagonal or "5px", as (number, unit). Raises ValueError for other texts."""
-    match = re.fullmatch(r"(\d+\.?\d*)(%|px)", text)
-    if not match:
-        raise ValueError(f"{text}: must look like 2% or 5px")
-    return float(match[1]), match[2]
-
-
-def metrics(mask, truth, tolerance=(2.0, "%")):
+def metrics(mask, truth, tolerance=2.0):
     """The scores of a mask against the truth, (height,width) bool each: a dictionary of floats.
 
     iou, dice, precision, recall: of the foreground, in [0,1]. The mean of iou over images is the paper's mIoU.
     hd95: 95th percentile of the distances from the border pixels of either mask to the border of the other, in % of the
         image's diagonal. A border pixel has a 4-neighbour outside the mask or the image.
     nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels that are within the tolerance of
-        the other border, in [0,1]. tolerance: from `parse_tolerance`.
+        the other border, in [0,1]. tolerance: in % of the diagonal.
     Where one of the masks is empty the scores are 0, and 100 for hd95; where both are, they are perfect.
     """
     if not (mask.any() and truth.any()):
@@ -250,7 +210,7 @@ def metrics(mask, truth, tolerance=(2.0, "%")):
         "precision": both / of_mask,
         "recall": both / of_truth,
         "hd95": float(np.percentile(distances, 95)) / percent,
-        "nsd": float((distances <= tolerance[0] * (percent if tolerance[1] == "%" else 1)).mean()),
+        "nsd": float((distances <= tolerance * percent).mean()),
     }
 
 
@@ -281,23 +241,20 @@ def by_stem(folder, stems=(), other=()):
     """
     table = {}
     for path in sorted(Path(folder).rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)  # .ipynb_checkpoints and the like
-        if hidden or path in other or not u.is_image(path):
-            continue
-        stem = path.stem if not stems or path.stem in stems else MASK_SUFFIX.sub("", path.stem)
-        if stem in table:
-            raise ValueError(f"{path}, {table[stem]}: have the same name; unite masks of several objects in one file")
-        table[stem] = path
+        if u.is_image(path) and path not in other:
+            stem = path.stem if not stems or path.stem in stems else MASK_SUFFIX.sub("", path.stem)
+            if stem in table:
+                raise ValueError(f"{path}, {table[stem]}: have the same name; unite the masks of one image")
+            table[stem] = path
     if not table:
         raise ValueError(f"{folder}: there is no such folder, or no image in it")
     return table
 
 
 def pair_files(images, masks):
-    """Pair the images and masks of two folders by stem: {stem: (image, mask)}. A warning names what has no partner.
+    """Pair the images and masks of two folders by stem: {stem: (image, mask)}. Raises ValueError if there is no pair.
 
     Extensions may differ, and a mask's stem may end in _segmentation, _lesion or _mask. The folders may be the same.
-    Raises ValueError if there is no pair.
     """
     image_of = by_stem(images, other={path for path in masks.rglob("*") if MASK_SUFFIX.search(path.stem)})
     mask_of = by_stem(masks, image_of, {*image_of.values()})
@@ -307,17 +264,7 @@ def pair_files(images, masks):
     for stem, path in [*image_of.items(), *mask_of.items()]:
         if stem not in pairs:
             log.warning("%s: has no partner and is left out", path)
-    for image, mask in pairs.values():
-        if is_turned(image) and not is_turned(mask):
-            log.warning("%s: EXIF turns the image and not its mask, which must be drawn on the turned image", image)
     return pairs
-
-
-def is_turned(path):
-    """Whether a file's EXIF orientation turns or mirrors the stored pixels; False for one that cannot be read."""
-    with contextlib.suppress(Exception), Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    return False
 
 
 def load_mask(path, shape):
@@ -326,14 +273,14 @@ def load_mask(path, shape):
     The values may be 0/1, 0/255, 16 bit, colours or a palette; transparency counts as black; EXIF turns the mask like
     the image. A JPEG or WebP file is thresholded at half of its own maximum. More than 16 values, as of a soft rim, are
     thresholded half-way between the two ends, if nine tenths of the pixels lie within a tenth of either end.
-    Raises unsegmedgat.ImageError if it cannot be read, has other values, or differs in size from `shape`.
+    Raises ValueError if it cannot be read, has other values, or differs in size from `shape`.
     """
     try:
         image = u.decode_image(path)
-    except u.ImageError as error:
-        raise u.ImageError(f"{path}, the mask: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, the mask: {error}") from None
     if image.size != shape[::-1]:
-        raise u.ImageError(f"{path}: the mask is {image.width} x {image.height}, the image {shape[1]} x {shape[0]} px")
+        raise ValueError(f"{path}: the mask is {image.width} x {image.height}, the image {shape[1]} x {shape[0]} px")
     lossy = image.format in ("JPEG", "MPO", "WEBP")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
@@ -344,7 +291,7 @@ def load_mask(path, shape):
     unclear = len(levels) > 2 and not lossy if len(levels) <= 16 else (np.abs(share - 0.5) < 0.4).mean() > 0.1
     if unclear or not np.isfinite(levels).all():
         some = ", ".join(f"{level:g}" for level in levels[:5])
-        raise u.ImageError(f"{path}: the mask has {len(levels)} values ({some}), not two: make it 0 and 255")
+        raise ValueError(f"{path}: the mask has {len(levels)} values ({some}), not two: make it 0 and 255")
     return share > 0.5 if low < high else np.full(values.shape, bool(high > 0))
 
 
@@ -368,92 +315,78 @@ PROTOCOLS = {
 }
 
 
-class EvalImage:
-    """One image under the protocol of a run (see `run_evaluation`): the part that is scored, and the masks of the rows.
+def prepare(stem, paths, run):
+    """What all rows share of one image under the protocol of a run (see `run_evaluation`).
 
-    Raises an exception if the image, or what the protocol needs of its ground truth, cannot be read.
+    Returns the photograph (height,width,4); its truth (height,width) bool, or None in the blind protocol; the slices of
+    the part that is scored; the point or box in that part, or None; and its View, features and node weights.
     """
-
-    def __init__(self, stem, paths, run):
-        self.stem, self.mask_path, self.run = stem, paths[1], run
-        self.photo, self.scored, prompt = u.load_image(paths[0]), np.s_[:, :], None
+    photo, truth, scored, prompt, given = u.load_image(paths[0]), None, np.s_[:, :], None, {}
+    if run.protocol != "blind":  # part of the truth reaches the methods, and the table's heading says so
+        truth = load_mask(paths[1], photo.shape[:2])
+        if not truth.any():
+            raise ValueError("the ground truth is empty, so no prompt can be taken from it: leave the image out")
+        prompt = x0, y0, x1, y1 = Image.fromarray(truth).getbbox()
+    if run.protocol == "official":
+        top, left = max(0, y0 - u.BOX_MARGIN), max(0, x0 - u.BOX_MARGIN)
+        scored = np.s_[top : y1 + u.BOX_MARGIN, left : x1 + u.BOX_MARGIN]
+        prompt = x0 - left, y0 - top, x1 - left, y1 - top
+    if run.protocol == "point":
+        inside = np.argwhere(truth)
+        prompt = inside[np.square(inside - inside.mean(0)).sum(1).argmin()][::-1]  # (x, y)
+    if run.protocol in ("point", "box"):
         seed = [run.config.seed, zlib.crc32(os.fsencode(stem))]
-        if run.protocol != "blind":  # part of the ground truth reaches the methods, and the table's heading says so
-            if not self.truth.any():
-                raise u.ImageError("the ground truth is empty, so no prompt can be taken from it: leave the image out")
-            prompt = x0, y0, x1, y1 = Image.fromarray(self.truth).getbbox()
-            if run.protocol == "official":
-                top, left = max(0, y0 - u.BOX_MARGIN), max(0, x0 - u.BOX_MARGIN)
-                self.scored = np.s_[top : y1 + u.BOX_MARGIN, left : x1 + u.BOX_MARGIN]
-                prompt = x0 - left, y0 - top, x1 - left, y1 - top
-            else:
-                if run.protocol == "point":
-                    inside = np.argwhere(self.truth)
-                    prompt = inside[np.square(inside - inside.mean(0)).sum(1).argmin()][::-1]  # (x, y)
-                prompt = inexact(prompt, run.loosen, run.jitter, self.truth.shape, seed)
-        self.crop = self.photo[self.scored]
-        size, extract = (run.config.size,) * 2 if run.squash else self.crop.shape[1::-1], run.extract
-        if run.oracle_features is not None:
-            truth = np.array(Image.fromarray(self.truth[self.scored]).resize(size, Image.NEAREST))
-            extract = oracle_backbone(truth, run.oracle_features, seed)
-        seen = np.array(Image.fromarray(self.crop).resize(size, Image.BILINEAR))  # by the methods
-        given = {run.protocol: prompt} if run.protocol in ("point", "box") else {}
-        self.extract_nodes = lambda: u.extract_nodes(seen, run.config, extract, run.device, **given)
-        self.trivial = trivial_baselines(run.protocol, self.crop.shape[:2], prompt)
+        given[run.protocol] = prompt = inexact(prompt, run.loosen, run.jitter, truth.shape, seed)
+    crop = Image.fromarray(photo[scored])
+    seen = np.array(crop.resize((run.config.size,) * 2 if run.squash else crop.size, Image.BILINEAR))  # by the methods
+    return photo, truth, scored, prompt, u.extract_nodes(seen, run.config, run.extract, run.device, **given)
 
-    @functools.cached_property
-    def nodes(self):
-        """The View, features and node weights, the same for all rows."""
-        return self.extract_nodes()
 
-    @functools.cached_property
-    def truth(self):
-        """(height,width) bool. It is read on first use: in the blind protocol after the masks have been made."""
-        return load_mask(self.mask_path, self.photo.shape[:2])
+def predict(stem, paths, rows, run):
+    """What rows predict for one image.
 
-    def masks(self, row):
-        """What a row predicts for the part that is scored: [mask]; in the official protocol [mask, inverse]."""
-        run = self.run
-        if row in self.trivial:
-            return [self.trivial[row]]
+    Returns the part that is scored of the photograph and of the truth, the masks of it {row: (height,width) bool}, and
+    errors {row: text}.
+    """
+    photo, truth, scored, prompt, (view, features, node_weights) = prepare(stem, paths, run)
+    crop, masks, errors = photo[scored], {}, {}
+    trivial = trivial_baselines(run.protocol, crop.shape[:2], prompt)
+    ellipse = one_hot(view.inside_ellipse().flatten(), features, run.config)
+    adjacency = u.build_graph(features, run.config.tau, node_weights)
+
+    def mask_of(row):
+        if row in trivial:
+            return trivial[row]
+        if row in run.made and stem not in run.made[row]:
+            raise ValueError("there is no mask of that name")
         if row in run.made:
-            if self.stem not in run.made[row]:
-                raise u.ImageError(f"there is no prediction named {self.stem}")
-            mask = load_mask(run.made[row][self.stem], self.photo.shape[:2])[self.scored]
-        else:
-            view, features, node_weights = self.nodes
-            adjacency = u.build_graph(features, run.config.tau, node_weights)
-            if row == LOCATED:
-                assignment = one_hot(view.inside_ellipse().flatten(), features, run.config)
-            else:
-                assignment = run.methods[row](features, adjacency, run.config)
-            mask = u.make_mask(view, assignment, adjacency, node_weights, run.config)["mask"]
-            mask = np.asarray(Image.fromarray(mask).resize(self.crop.shape[1::-1], Image.NEAREST))
-        return [mask, ~mask] if run.protocol == "official" else [mask]
+            return load_mask(run.made[row][stem], photo.shape[:2])[scored]
+        assignment = ellipse if row == LOCATED else run.methods[row](features, adjacency, run.config)
+        mask = u.make_mask(view, assignment, adjacency, node_weights, run.config)["mask"]
+        return np.asarray(Image.fromarray(mask).resize(crop.shape[1::-1], Image.NEAREST))
+
+    for row in rows:
+        try:
+            masks[row] = mask_of(row)
+        except Exception as error:  # the other rows are scored
+            errors[row] = u.one_line(error)
+            log.error("%s, %s: %s", paths[0], row, errors[row])
+    truth = (load_mask(paths[1], photo.shape[:2]) if truth is None else truth)[scored]  # blind: read after the masks
+    if run.protocol == "official":  # the better of mask and inverse
+        for row, mask in masks.items():
+            masks[row] = max(mask, ~mask, key=lambda area: (area & truth).sum() / (area | truth).sum())
+    return crop, truth, masks, errors
 
 
 def evaluate(stem, paths, rows, run):
     """Score rows on one image: {row: {metric: float, "error": a text, empty for success}}."""
-    masks, errors = {}, {}
     try:
-        image = EvalImage(stem, paths, run)
-        for row in rows:
-            try:
-                masks[row] = image.masks(row)
-            except Exception as error:  # the other rows are scored
-                errors[row] = f"{row}: {u.one_line(error)}"
-        truth = image.truth[image.scored]
-        if not truth.any():
-            log.warning("%s: the ground truth is empty: an empty mask scores 1, any other 0", paths[1])
+        _, truth, masks, errors = predict(stem, paths, rows, run)
     except Exception as error:
-        errors = dict.fromkeys(rows, u.one_line(error))
-    for error in dict.fromkeys(errors.values()):
-        log.error("%s: %s", paths[0], error)
-    scores = {row: FAILED_SCORES | {"error": error} for row, error in errors.items()}
-    for row in [row for row in masks if row not in errors]:
-        candidates = [metrics(mask, truth, run.tolerance) for mask in masks[row]]
-        scores[row] = max(candidates, key=lambda scores: scores["iou"]) | {"error": ""}
-    return scores
+        masks, errors = {}, dict.fromkeys(rows, u.one_line(error))
+        log.error("%s: %s", paths[0], u.one_line(error))
+    scores = {row: metrics(mask, truth, run.tolerance) | {"error": ""} for row, mask in masks.items()}
+    return scores | {row: FAILED_SCORES | {"error": error} for row, error in errors.items()}
 
 
 # Scores on disk, tables and contact sheets ---------------------------------------------------------------------
@@ -471,33 +404,14 @@ def begin_csv(path, digest, resume):
     if path.exists():
         with open_csv(path) as file:
             reader = csv.DictReader(file)
-            lines = [line for line in reader if line.get("error") is not None]
-        if not resume or reader.fieldnames != [*COLUMNS] or any(line["settings"] != digest for line in lines):
+            kept = [line for line in reader if line.get("error") == ""]
+        if not resume or reader.fieldnames != [*COLUMNS] or any(line["settings"] != digest for line in kept):
             raise ValueError(f"{path}: exists; name another, or --resume it with the same settings, folders and images")
-        kept = [line for line in lines if not line["error"]]
     with u.atomic_write(path) as part, open_csv(part, "w") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
     return {(line["image"], line["method"]): {m: float(line[m]) for m in METRICS} | {"error": ""} for line in kept}
-
-
-def summarise(scores, stems, rows, labels, seed):
-    """The contents of the table and the JSON file: {row: means, 95 % intervals, differences to the first row}.
-
-    scores: {(stem, row): scores}. labels: the group of each stem, or None; with groups also the mean of their means.
-    """
-    summary = {}
-    for row in rows:
-        summary[row] = {"failed": [stem for stem in stems if scores[stem, row]["error"]]}
-        for m in METRICS:
-            values, first = (np.array([scores[stem, r][m] for stem in stems]) for r in (row, rows[0]))
-            summary[row][m] = entry = {}
-            for name, numbers in (("mean", values), ("difference", values - first)):
-                entry |= {name: float(numbers.mean()), f"{name}_interval": bootstrap_interval(numbers, labels, seed)}
-            if labels:
-                entry["macro"] = float(np.mean([values[np.array(labels) == group].mean() for group in set(labels)]))
-    return summary
 
 
 # Table I of the paper: (mIoU, Dice) in %
@@ -508,52 +422,53 @@ REFERENCES = {
     "colondb": ((65.1, 77.31), (57.21, 70.76), (59.35, 72.58), (55.67, 69.18), (70.29, 80.50), (56.09, 69.71),
                 (47.46, 63.50), (51.84, 67.23)),
 }  # fmt: skip
-TABLE = (("mIoU", "iou", "mean"), ("Dice", "dice", "mean"), ("precision", "precision", "mean"),
-         ("recall", "recall", "mean"), ("HD95", "hd95", "mean"), ("NSD", "nsd", "mean"), ("macro mIoU", "iou", "macro"),
-         ("macro Dice", "dice", "macro"), ("mIoU minus first row's", "iou", "difference"))  # fmt: skip
+HEAD = ("method", "mIoU", "Dice", "precision", "recall", "HD95", "NSD", "mIoU minus first row's", "failed")
 FOOTER = """
 In %; 95 % bootstrap intervals in brackets. HD95, in % of the diagonal, is one percentile of the distances of both
-borders, pooled, as in MedPy (MONAI takes the larger of two). NSD, the surface Dice at a tolerance of {:g} {}, counts
-border pixels without weights, as MONAI. A failed image counts as 0 (HD95: 100)."""
+borders, pooled, as in MedPy (MONAI takes the larger of two). NSD, the surface Dice at a tolerance of {:g} %, counts
+border pixels without weights, as MONAI. A failed image counts as 0 (HD95: 100), two empty masks as 100 (HD95: 0)."""
 
 
-def as_table(lines):
-    """A table in Markdown from lists of texts; the first one is its head. Short lines are filled with empty cells."""
-    lines = [lines[0], ["---"] + ["--:"] * (len(lines[0]) - 1), *lines[1:]]
-    return "\n".join("| " + " | ".join(line + [""] * (len(lines[0]) - len(line))) + " |" for line in lines)
+def markdown(scores, stems, rows, labels=None, seed=0, reference=None):
+    """The table of scores, {(stem, row): scores}, in Markdown: means over images in %, with 95 % intervals in brackets.
+
+    labels: the group of each stem, for the intervals. reference: also these rows of the paper.
+    """
+
+    def column(row, metric):  # in %, (n,)
+        return np.array([scores[stem, row][metric] * (1 if metric == "hd95" else 100) for stem in stems])
+
+    def cell(values):
+        interval = bootstrap_interval(values, labels, seed)
+        return f"{values.mean():.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+
+    lines = [HEAD, ["---"] + ["--:"] * (len(HEAD) - 1)]
+    for row in rows:
+        iou, failed = column(row, "iou"), [stem for stem in stems if scores[stem, row]["error"]]
+        means = [f"{column(row, metric).mean():.1f}" for metric in METRICS[2:]]
+        difference = cell(iou - column(rows[0], "iou"))
+        lines.append([row, cell(iou), cell(column(row, "dice")), *means, difference, str(len(failed))])
+    for row, (iou, dice) in zip(PUBLISHED, REFERENCES.get(reference, ())):
+        lines.append([f"{row} (published)", f"{iou:.2f}", f"{dice:.2f}"] + [""] * (len(HEAD) - 3))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(summary, reference=None):
-    """The table of a summary, in %, with 95 % intervals in brackets. reference: also these rows of the paper."""
-    columns = [column for column in TABLE if column[2] in [*summary.values()][0][column[1]]]  # macro with groups only
-    lines = [["method", *(title for title, _, _ in columns), "failed"]]
-    for row, entry in summary.items():
-        line = [row]
-        for _, metric, key in columns:
-            interval = entry[metric].get(f"{key}_interval") if metric in ("iou", "dice") else None
-            brackets = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-            scale = 1 if metric == "hd95" else 100
-            line.append(f"{scale * entry[metric][key]:.1f}{brackets}")
-        lines.append([*line, str(len(entry["failed"]))])
-    for row, numbers in zip(PUBLISHED, REFERENCES.get(reference, ())):
-        lines.append([f"{row} (published)", *(f"{number:.2f}" for number in numbers)])
-    return as_table(lines)
+def spread(items, n):
+    """At most n items of a list, evenly spread over it."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 
-def contact_sheet(pairs, scores, row, run, columns=4):
-    """The best, median and worst images of a row, a line of each: a PIL image. Yellow: truth. Blue: prediction."""
-    ranked = sorted((s for s in pairs if not scores[s, row]["error"]), key=lambda stem: -scores[stem, row]["iou"])
-    columns, side, pictures = min(columns, math.ceil(len(ranked) / 3)), 300, []  # px, of a picture
-    for name, begin in (("best", 0), ("median", (len(ranked) - columns) // 2), ("worst", len(ranked) - columns)):
-        for stem in ranked[begin : begin + columns]:
-            image = EvalImage(stem, pairs[stem], run)
-            truth, drawn = image.truth[image.scored], image.crop[..., :3].copy()
-            mask = max(image.masks(row), key=lambda mask: metrics(mask, truth)["iou"])
-            for area, colour in ((truth, (255, 220, 0)), (mask, (0, 200, 255))):
-                drawn[area ^ ndimage.binary_erosion(area, iterations=max(1, max(area.shape) // side))] = colour
-            picture = ImageOps.pad(Image.fromarray(drawn), (side, side), color="white")
-            pictures.append((f"{name}: {stem}, IoU {100 * scores[stem, row]['iou']:.1f}", picture))
-    return u.captioned_grid(pictures, (side, side), columns)
+def contact_sheet(pairs, scores, row, run):
+    """Twelve images of a row, from the best to the worst IoU: a PIL image. Yellow: truth. Blue: prediction."""
+    pictures, side = [], 300  # px, of a picture
+    for stem in spread(sorted(pairs, key=lambda stem: -scores[stem, row]["iou"]), 12):
+        crop, truth, masks, _ = predict(stem, pairs[stem], [row], run)
+        drawn = crop[..., :3].copy()
+        for area, colour in ((truth, (255, 220, 0)), (masks[row], (0, 200, 255))):
+            drawn[area ^ ndimage.binary_erosion(area, iterations=max(1, max(area.shape) // side))] = colour
+        picture = ImageOps.pad(Image.fromarray(drawn), (side, side), color="white")
+        pictures.append((f"{stem}, IoU {100 * scores[stem, row]['iou']:.1f}", picture))
+    return u.captioned_grid(pictures, (side, side), columns=4)
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -568,9 +483,8 @@ PRESETS = u.PRESETS | {"official": u.PRESETS["paper"] | OFFICIAL}
 def build_parser():
     """The parser of the command line."""
     protocols = "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
-    text = "Score UnSegMedGAT, the methods of its paper and trivial baselines on your images and masks."
     epilog = f"Protocols: {protocols}. `eval.py bench` times every stage. Exit code: as of unsegmedgat.py."
-    parser = argparse.ArgumentParser("eval.py", description=text, epilog=epilog)
+    parser = argparse.ArgumentParser("eval.py", description=__doc__.partition("\n")[0], epilog=epilog)
     add = parser.add_argument
     add("images", type=Path, help="a folder of images")
     add("masks", type=Path, help="a folder of masks with the same names, which may end in _mask and the like")
@@ -582,58 +496,51 @@ def build_parser():
     add("--squash", action=argparse.BooleanOptionalAction, default=False, help="first resize to a square")
     add("--loosen", type=float, default=1.0, metavar="FACTOR", help="scale the given box about its centre; default 1")
     add("--jitter", type=int, default=0, metavar="PX", help="move the point, or each side of the box, by up to PX")
-    add("--oracle-features", type=float, metavar="NOISE", help="USES GROUND TRUTH for features, of an ideal backbone")
-    add("--tolerance", type=parse_tolerance, default="2%", help="of the surface Dice: 2%% of the diagonal, or 5px")
+    add("--tolerance", type=float, default=2.0, metavar="PERCENT", help="of the surface Dice, in %% of the diagonal")
     add("--limit", type=int, metavar="N", help="only N pairs, evenly spread over the sorted list")
-    add("--group-by", metavar="REGEX", help="its first group, found in an image's name, is the image's group, as "
-        "^(s\\d+)_ for video sequences: adds the mean of the groups' means; intervals resample groups")  # fmt: skip
-    add("--reference", choices=REFERENCES, help="add the paper's rows, of the official protocol and the whole data set")
+    add("--group-by", metavar="REGEX", help="bootstrap whole groups; ( ) is the group in an image's name: ^(s\\d+)")
+    add("--reference", choices=REFERENCES, help="add the paper's rows: DINO, official protocol, the whole set")
     add("--csv", type=Path, help="write the scores of each image and method as they come")
     add("--resume", action="store_true", help="keep the scores in the --csv file and compute the others")
-    add("--json", type=Path, help="write the table with all intervals, settings and versions")
-    add("--sheet", type=Path, help="write a .png of the first row's best, median and worst images; truth is yellow")
+    add("--sheet", type=Path, help="write a .png of twelve images of the first row, best to worst; truth is yellow")
     u.add_common_flags(parser, PRESETS)
     return parser
 
 
 def check_args(args):
     """Raise ValueError for wrong use that would give wrong results, or overwrite or lose a file."""
-    names = {name for name, folder in args.predictions if folder} - {
-        "", *METHODS, LOCATED, EVERYTHING, *ELLIPSES.values()}  # fmt: skip
-    outputs = [path.resolve() for path in (args.csv, args.json, args.sheet) if path]
+    names = {name for name, folder in args.predictions if name and folder}
+    taken = {*METHODS, LOCATED, EVERYTHING, *ELLIPSES.values()}
     inputs = {Path(folder).resolve() for folder in (args.images, args.masks, *dict(args.predictions).values())}
-    movable, backbone = args.protocol in ("point", "box"), args.weights or args.backbone not in ("auto", "builtin")
+    with_prompt = args.protocol in ("point", "box")
     for wrong, message in (
         ({*args.methods} - {*METHODS}, f"--methods: choose from {', '.join(METHODS)}"),
-        (len(names) < len(args.predictions), "--predictions needs NAME=FOLDER, with distinct names that no row has"),
-        (args.jitter and not movable or args.loosen != 1 and args.protocol != "box",
-         "--jitter needs --protocol point or box, --loosen needs --protocol box"),
-        (args.squash and movable, "--squash distorts the point or box: add --no-squash"),
-        (args.oracle_features is not None and backbone, "--oracle-features replaces --backbone and --weights"),
+        (len(names - taken) < len(args.predictions), "--predictions needs NAME=FOLDER, with a name that no row has"),
+        (args.jitter and not with_prompt, "--jitter needs --protocol point or box"),
+        (args.loosen != 1 and args.protocol != "box", "--loosen needs --protocol box"),
+        (args.squash and with_prompt, "--squash distorts the point or box: add --no-squash"),
         (args.limit is not None and args.limit < 1, "--limit must be at least 1"),
         (args.resume and not args.csv, "--resume needs the --csv FILE to continue"),
-        (len({*outputs}) < len(outputs) or any(path.is_dir() or not path.parent.is_dir() or inputs & {*path.parents}
-                                               for path in outputs),
-         "each output needs a file of its own, in a folder that exists, outside of the input folders"),
-    ):  # fmt: skip
+    ):
         if wrong:
             raise ValueError(message)
+    for path in (args.csv, args.sheet):
+        if path and (path.is_dir() or not path.parent.is_dir() or inputs & {*path.resolve().parents}):
+            raise ValueError(f"{path}: an output must be a file in a folder that exists, outside of the input folders")
 
 
 def score_all(pairs, rows, run):
     """{(stem, row): scores} of every image and row, written to the CSV file as they come; ranks share the images."""
-    (rank, world), names = u.rank_and_world(), [*pairs] if "unsegmedgatc" in rows else []  # it learns from all images
-    inputs = [run.images, run.masks, *dict(run.predictions).values(), *([run.weights] if run.weights else [])]
-    inputs = [str(Path(path).resolve()) for path in inputs]
-    code = Path(run.extract.__name__).read_text() if run.extract.__name__.endswith(".py") else ""
-    digest = hashlib.sha256(json.dumps([run.settings, inputs, names, code]).encode()).hexdigest()[:12]
-    kept, quiet = [begin_csv(run.csv, digest, run.resume) if run.csv and rank == 0 else {}], run.quiet or rank > 0
+    rank, world = u.rank_and_world()
+    quiet = run.quiet or rank > 0
+    digest = f"{zlib.crc32(json.dumps([run.settings, [*pairs]], default=str).encode()):08x}"
+    kept = [begin_csv(run.csv, digest, run.resume) if run.csv and rank == 0 else {}]
     if world > 1:
         distributed.broadcast_object_list(kept)  # the first rank reads for all, before any of them writes
-    scores, parts = kept[0], [None] * world
+    scores = kept[0]
     todo = {stem: missing for stem in pairs if (missing := [row for row in rows if (stem, row) not in scores])}
-    if names and (todo or run.sheet):
-        node_sets = [lambda item=item: EvalImage(*item, run).nodes[1:] for item in pairs.items()]
+    if "unsegmedgatc" in rows and (todo or run.sheet):
+        node_sets = [lambda item=item: prepare(*item, run)[-1][1:] for item in pairs.items()]
         shared = u.fit_collective(node_sets, run.config, run.device, quiet)
         run.methods["unsegmedgatc"] = functools.partial(unsegmedgat, shared=shared)
     share = [*todo][rank::world]
@@ -645,17 +552,17 @@ def score_all(pairs, rows, run):
                 writer.writerow({"settings": digest, "image": stem, "method": row} | score)
             file.flush()  # the lines of an image in one piece, so that those of several ranks do not mix
             bar.update(1)
-    if world == 1:
-        return scores
-    distributed.all_gather_object(parts, scores)
+    parts = [scores] * world
+    if world > 1:
+        distributed.all_gather_object(parts, scores)
     return dict(item for part in parts for item in part.items())
 
 
 def run_evaluation(run, config):
     """Evaluate as the arguments ask and print the table; returns the exit code. Raises ValueError for wrong use.
 
-    run: the parsed arguments. Set in them, for all that follows, are the config, device, methods as {name: function},
-    backbone `extract`, masks `made` by other programs, as {name: {stem: path}}, and the settings of the JSON file.
+    run: the parsed arguments. To them are added the config, the methods as {name: function}, the backbone `extract`,
+    the masks `made` by other programs as {name: {stem: path}}, and the settings that a CSV file is resumed with.
     """
     check_args(run)
     if "unsegmedgatc" in run.methods and not config.shared_epochs:
@@ -664,118 +571,78 @@ def run_evaluation(run, config):
     run.config, run.device = config, u.pick_device(run.device)
     run.methods = {name: METHODS[name] for name in run.methods}
     run.made = {name: by_stem(folder, pairs) for name, folder in run.predictions}
-    spread = np.linspace(0, len(pairs) - 1, min(run.limit or len(pairs), len(pairs))).round().astype(int)
-    pairs = {stem: pairs[stem] for stem in np.array([*pairs], object)[spread]}
+    pairs = dict(spread([*pairs.items()], run.limit or len(pairs)))
     try:
         labels = [re.search(run.group_by, stem)[1] for stem in pairs] if run.group_by else None
     except (re.error, TypeError, IndexError):  # no pattern, no match, no group
         raise ValueError(f"--group-by {run.group_by}: must have a group ( ) and match the name of each image") from None
-    if run.oracle_features is None:
-        run.extract = u.load_backbone(run.backbone, run.weights, run.device, not run.quiet)
-    else:
-        run.extract = oracle_backbone(None, run.oracle_features, [])  # for its name; each image has its own
-    name = run.extract.__name__
-    if name != "dino":
-        log.warning("the backbone is %s, not DINO: these numbers are not comparable with the paper's", name)
-    settings = ("protocol", "squash", "jitter", "loosen", "oracle_features", "tolerance")
-    run.settings = {name: getattr(run, name) for name in settings} | {"backbone": name, "config": vars(config)}
+    run.extract = u.load_backbone(run.backbone, run.weights, run.device, not run.quiet)
+    flags = ("images", "masks", "predictions", "weights", "protocol", "squash", "jitter", "loosen", "tolerance")
+    run.settings = {flag: getattr(run, flag) for flag in flags} | {"backbone": run.extract.__name__} | vars(config)
     rows = [*run.methods, *run.made, LOCATED, EVERYTHING, ELLIPSES[run.protocol]]
     scores = score_all(pairs, rows, run)
     if u.rank_and_world()[0] > 0:  # the first rank reports, as torchrun ends all ranks when one has failed
         return 0
-    summary = summarise(scores, [*pairs], rows, labels, config.seed)
-    what, groups = PROTOCOLS[run.protocol], f" in {len(set(labels))} groups" if labels else ""
-    if run.oracle_features is not None and run.protocol == "blind":  # the others say so already
-        what = what.replace("no ground truth reaches a method", "USES GROUND TRUTH: the features are made from it")
-    u.print_line(f"**{run.protocol}** protocol: {what}. n = {len(pairs)} images{groups}.")
-    defaults, values = {"squash": False, "jitter": 0, "loosen": 1.0} | vars(u.Config()), run.settings | vars(config)
-    changed = [f"{key} {values[key]}" for key in defaults if values[key] != defaults[key]]
-    u.print_line(f"Backbone: {name}. Seed {config.seed}. Settings: {', '.join([run.preset or 'default', *changed])}.\n")
-    u.print_line(markdown(summary, run.reference) + "\n" + FOOTER.format(*run.tolerance))
-    if run.json:
-        versions = {package.__name__: package.__version__ for package in (torch, np, scipy, PIL)}
-        header = {"images": len(pairs), "preset": run.preset, "settings": run.settings, "versions": versions}
-        with u.atomic_write(run.json) as part:
-            part.write_text(json.dumps(header | {"rows": summary}, indent=1) + "\n")
-    if run.sheet and len(summary[rows[0]]["failed"]) < len(pairs):
+    groups = f" in {len(set(labels))} groups" if labels else ""
+    u.print_line(f"**{run.protocol}** protocol: {PROTOCOLS[run.protocol]}. n = {len(pairs)} images{groups}.")
+    defaults = {"squash": False, "jitter": 0, "loosen": 1.0} | vars(u.Config())
+    changed = [f"{key} {run.settings[key]}" for key, value in defaults.items() if run.settings[key] != value]
+    settings = ", ".join([run.preset or "default", *changed])
+    u.print_line(f"Backbone: {run.extract.__name__}. Seed {config.seed}. Settings: {settings}.\n")
+    table = markdown(scores, [*pairs], rows, labels, config.seed, run.reference)
+    u.print_line(table + "\n" + FOOTER.format(run.tolerance))
+    done = {stem: paths for stem, paths in pairs.items() if not scores[stem, rows[0]]["error"]}
+    if run.sheet and done:
         with u.atomic_write(run.sheet) as part:
-            contact_sheet(pairs, scores, rows[0], run).save(part, format="PNG")
-    return 1 if any(entry["failed"] for entry in summary.values()) else 0
+            contact_sheet(done, scores, rows[0], run).save(part, format="PNG")
+    return 1 if any(score["error"] for score in scores.values()) else 0
 
 
 # Benchmark -----------------------------------------------------------------------------------------------------
 
-BENCH = {784: (224, 8, 1), 3025: (224, 4, 3), 12_321: (448, 4, 12)}  # patches: size, stride, megapixels for the solver
+
+def synthetic_photograph(side):
+    """Noisy skin and a darker square: (side,side,3) uint8."""
+    rgb = np.random.default_rng(0).normal((225, 180, 160), 4, (side, side, 3))
+    rgb[side // 3 : -side // 3, side // 3 : -side // 3] -= 80
+    return rgb.astype(np.uint8)
 
 
-def bench_column(n, device):
-    """The times of every stage for n patches, over 10,000 on CUDA only, and of the bilateral solver: {name: number}."""
+def bench_line(config):
+    """The times of an epoch, a fit and a mask on one image, and the peak memory of this process, in a line."""
     import resource  # not on Windows
 
-    (size, stride, megapixels), column = BENCH[n], {"patches": n}
-    config = u.Config(size=size, stride=stride)
-
-    def photograph(side):  # noisy skin and a darker square: (side,side,3) uint8
-        rgb = np.random.default_rng(0).normal((225, 180, 160), 4, (side, side, 3))
-        rgb[side // 3 : -side // 3, side // 3 : -side // 3] -= 80
-        return rgb.astype(np.uint8)
-
-    def measure(function):  # ms
-        start = time.perf_counter()
-        function()
-        getattr(torch, device.type).synchronize()
-        return 1e3 * (time.perf_counter() - start)
-
-    if n < 10_000 or device.type == "cuda":
-        view, features, node_weights = u.extract_nodes(photograph(size), config, u.builtin, device)
-        graph = features, u.build_graph(features, config.tau, node_weights)
-        fitted = u.fit(*graph, config)
-        column["fit, ms"] = measure(lambda: u.fit(*graph, config))  # the second one
-        column["epoch, ms"] = column["fit, ms"] / len(fitted.losses)
-        column["mask, ms"] = measure(lambda: u.make_mask(view, fitted.assignment, graph[1], node_weights, config))
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
-        column["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30 or host
-    guide = photograph(round(1000 * math.sqrt(megapixels)))
-    column |= {"megapixels": megapixels, "solver, ms": measure(lambda: bilateral.solve(guide[..., 1] < 130, guide))}
-    if n == 784 and importlib.util.find_spec("torch_geometric"):  # larger graphs take too much memory
-        from torch_geometric.nn import GATConv
-
-        class Attention(GATConv):  # with a list of edges, not a matrix
-            def __init__(self, in_features, out_features, heads, residual):
-                super().__init__(in_features, out_features // heads, heads, add_self_loops=False, bias=False)
-
-            def forward(self, h, _):
-                return super().forward(h, edges)
-
-        u.GraphAttention, u.capture_cuda_graph = Attention, lambda step, _: step  # CUDA cannot capture it
-        edges, few = graph[1].nonzero().T, dataclasses.replace(config, epochs=3)
-        u.fit(*graph, few)
-        column["epoch with GATConv, ms"] = measure(lambda: u.fit(*graph, few)) / few.epochs
-    return column
+    photo, device = u.load_image(synthetic_photograph(config.size)), u.pick_device("auto")
+    view, features, node_weights = u.extract_nodes(photo, config, u.builtin, device)
+    adjacency = u.build_graph(features, config.tau, node_weights)
+    fitted = u.fit(features, adjacency, config)
+    fit = timeit.timeit(lambda: u.fit(features, adjacency, config), number=1)  # s, the second one
+    mask = timeit.timeit(lambda: u.make_mask(view, fitted.assignment, adjacency, node_weights, config), number=1)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
+    memory = torch.cuda.max_memory_allocated() / 2**30 or host
+    times = f"epoch {1e3 * fit / len(fitted.losses):.1f} ms, fit {fit:.2f} s, mask {1e3 * mask:.0f} ms"
+    return f"{len(features):,} patches: {times}, peak memory {memory:.1f} GiB"
 
 
-def bench(argv):
+def bench():
     """`python eval.py bench`: print the cost of every stage on this machine. Returns the exit code."""
-    parser = argparse.ArgumentParser("eval.py bench", description="Time every stage on a synthetic image.")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    device = u.pick_device(parser.parse_args(argv).device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    u.print_line(f"{name}, torch {torch.__version__}\n")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    u.print_line(f"{name}, torch {torch.__version__}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each has its own peak memory
-        columns = pool.starmap(bench_column, [(n, device) for n in BENCH], chunksize=1)
-    lines = [
-        [name, *(f"{column[name]:,.{0 if column[name] > 20 else 1}f}" if name in column else "" for column in columns)]
-        for name in columns[0]
-    ]
-    u.print_line(as_table(lines))
+        for line in pool.imap(bench_line, [u.Config(), u.Config(stride=4)]):
+            u.print_line(line)
+    for megapixels in (1, 3, 12):
+        guide = synthetic_photograph(round(1000 * math.sqrt(megapixels)))
+        solver = timeit.timeit(lambda guide=guide: bilateral.solve(guide[..., 1] < 130, guide), number=1)
+        u.print_line(f"bilateral solver, {megapixels} megapixels: {solver:.1f} s")
     return 0
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:
-        return u.run_program(lambda: bench(argv[1:]))
+    if argv == ["bench"]:
+        return u.run_program(bench)
     return u.run_program(lambda: run_evaluation(*u.parse_args(build_parser(), argv, PRESETS)))
 
 

@@ -26,7 +26,6 @@ import runpy
 import socket
 import sys
 import threading
-import time
 import uuid
 import warnings
 from datetime import timedelta
@@ -360,13 +359,8 @@ def standard_torch():
 
 # From a photograph to what a backbone sees ---------------------------------------------------------------------
 
-MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded: a decompression bomb, or a whole slide
 MAX_NODES = 50_000  # larger graphs are refused: the adjacency alone would take over 10 GB
 BOX_MARGIN = 20  # px around the user's box that serve as known background, at least; the margin of the authors' code
-
-
-class ImageError(ValueError):
-    """An image that cannot be segmented; the message says why, and what to do."""
 
 
 def one_line(error):
@@ -375,18 +369,16 @@ def one_line(error):
 
 
 def decode_image(source):
-    """A path or PIL image as a decoded PIL image, turned upright by its EXIF orientation. Raises ImageError."""
+    """A path or PIL image as a decoded PIL image, turned upright by its EXIF orientation. Raises ValueError."""
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some ICC profiles exceed Pillow's 1 MiB
     try:
         image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many, scale it down first")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
             raise ValueError(f"it holds {image.n_frames} frames, save one as a still image")
         image.load()
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         hint = f"{one_line(error)} (is it damaged? DICOM, NIfTI and HEIC are not read)"
-        raise ImageError(f"it cannot be read: {getattr(error, 'strerror', None) or hint}") from None
+        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or hint}") from None
     with contextlib.suppress(Exception):  # of many kinds, for bytes that are not EXIF
         ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -395,23 +387,20 @@ def decode_image(source):
 def load_image(source):
     """Read any still image as RGBA: uint8 (height,width,4), turned upright by its EXIF orientation.
 
-    source: a path, a PIL image, or a uint8 array (height,width[,3 or 4]). Grey images of more than 8 bits are scaled by
-    their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half transparent, which get the mean
-    colour of the others. Raises ImageError for what is not one still image, and for one that is all transparent.
+    source: a path, a PIL image, or an array that Pillow takes, as uint8 (height,width[,3 or 4]). Grey images of more
+    than 8 bits are scaled by their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half
+    transparent, which get the mean colour of the others. Raises ValueError for what is not one still image, and for
+    one that is all transparent.
     """
-    if isinstance(source, np.ndarray) and (source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,))):
-        raise ImageError(f"an array must be uint8, (height,width[,3 or 4]), got {source.dtype} {source.shape}")
     image = decode_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
         image = Image.fromarray(((grey - low) * (255 / max(high - low, 1e-12))).clip(0, 255).round().astype(np.uint8))
     rgba = np.array(image.convert("RGBA"))
-    if min(rgba.shape[:2]) < PATCH:
-        raise ImageError(f"{rgba.shape[1]} x {rgba.shape[0]} pixels are too few: each side needs at least {PATCH}")
     opaque = rgba[..., 3] >= 128
     if not opaque.any():
-        raise ImageError("it is transparent everywhere")
+        raise ValueError("it is transparent everywhere")
     rgba[..., 3] = opaque * 255
     rgba[~opaque, :3] = rgba[opaque, :3].mean(0)
     return rgba
@@ -433,10 +422,10 @@ class View:
     image: torch.Tensor  # (3,s,t) in [0,1]
     stride: int  # px between patches
     crop: tuple  # (y0, x0, y1, x1) px of the photograph, ends excluded: the part that the image shows
-    opaque: np.ndarray  # (height,width) bool, the pixels of the photograph that are not transparent
+    allowed: np.ndarray  # (height,width) bool, pixels of the photograph that can be object: opaque, in the user's box
     search_area: tuple  # (y0, x0, y1, x1) px of the image: the user's box, or the whole image
-    field_of_view: torch.Tensor = None  # (h,w), 1 for the patches that can be object, else 0
-    ellipse: tuple = None  # (y, x, ry, rx) px of the image, centre and half axes: the object's rough location
+    field_of_view: torch.Tensor  # (h,w), 1 for the patches that can be object, else 0
+    ellipse: tuple = None  # (y0, x0, y1, x1) px of the image, the sides of the ellipse where the object is, roughly
     prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for the image alone
 
     @property
@@ -456,8 +445,7 @@ class View:
 
     def distance_in_radii(self):
         """The distance of each patch from the centre of the ellipse, (h,w): 1 on the ellipse."""
-        (y, x), (cy, cx, ry, rx) = self.centres(), self.ellipse
-        return torch.hypot((y - cy) / ry, (x - cx) / rx)
+        return torch.hypot(*self.position_in(self.ellipse))
 
     def inside_ellipse(self):
         """1 for the patches whose centre lies inside the ellipse, at least the nearest one, else 0: (h,w)."""
@@ -497,32 +485,28 @@ def find_field_of_view(image):
     return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6))).float()
 
 
-def view_photograph(photo, config, box=None):
-    """The View of a photograph (height,width,3 or 4) uint8, or of the surroundings of a box (y0, x0, y1, x1) in it."""
+def view_photograph(photo, config, box=None, point=None):
+    """The View of a photograph (height,width,4) uint8, or of the surroundings of a box (y0, x0, y1, x1) in it."""
     height, width = photo.shape[:2]
-    image, crop = resize_image(photo, config.size), (0, 0, height, width)
-    cells = find_field_of_view(image[:3])  # of the whole photograph
-    y0, x0, y1, x1 = box or crop
-    if box:
-        dy, dx = (max(BOX_MARGIN, 0.3 * side) for side in (y1 - y0, x1 - x0))
-        crop = max(0, round(y0 - dy)), max(0, round(x0 - dx)), min(height, round(y1 + dy)), min(width, round(x1 + dx))
-        image = resize_image(photo[crop[0] : crop[2], crop[1] : crop[3]], config.size)
-    sy, sx = image.shape[1] / (crop[2] - crop[0]), image.shape[2] / (crop[3] - crop[1])  # px of the image in one px
-    search_area = (y0 - crop[0]) * sy, (x0 - crop[1]) * sx, (y1 - crop[0]) * sy, (x1 - crop[1]) * sx
-    opaque = photo[..., 3] > 0 if photo.shape[2] == 4 else np.ones((height, width), bool)
-    view = View(image[:3], config.stride, crop, opaque, search_area)
-    if math.prod(view.grid) > MAX_NODES:
-        raise ImageError(f"{math.prod(view.grid):,} patches are over {MAX_NODES:,}: use a smaller --size")
-
-    (y, x), (h, w) = view.centres(), cells.shape
-    rows, columns = ((y / sy + crop[0]) * h / height).long(), ((x / sx + crop[1]) * w / width).long()
-    field_of_view = cells[rows, columns]  # (h,w), of the View's own patches
-    if box:  # what lies in it is never excluded
-        (top, left, bottom, right), half = search_area, PATCH / 2
-        field_of_view[(y > top - half) & (y < bottom + half) & (x > left - half) & (x < right + half)] = 1
-    if photo.shape[2] == 4:
-        field_of_view *= F.avg_pool2d(image[3:], PATCH, config.stride)[0] > 0.5
-    return dataclasses.replace(view, field_of_view=field_of_view)
+    y0, x0, y1, x1 = box or (0, 0, height, width)
+    dy, dx = (max(BOX_MARGIN, 0.3 * side) for side in (y1 - y0, x1 - x0))
+    top, left, bottom, right = (round(side) for side in (y0 - dy, x0 - dx, y1 + dy, x1 + dx))
+    crop = top, left, bottom, right = max(0, top), max(0, left), min(height, bottom), min(width, right)
+    inside = np.zeros((height, width), bool)
+    inside[round(y0) : round(y1), round(x0) : round(x1)] = True
+    cells = find_field_of_view(resize_image(photo, config.size)[:3])  # of the whole photograph
+    seen = F.interpolate(cells[None, None], (height, width))[0, 0].numpy() > 0  # (height,width)
+    if box or point and not seen[int(point[0]), int(point[1])]:  # what the user marks is never excluded
+        seen |= inside
+    opaque = photo[..., 3] > 0
+    photo = np.dstack([photo[..., :3], (seen & opaque) * np.uint8(255)])[top:bottom, left:right]
+    image = resize_image(photo, config.size)  # (4,s,t)
+    field_of_view = (F.avg_pool2d(image[3:], PATCH, config.stride)[0] >= 0.5).float()  # (h,w)
+    if field_of_view.numel() > MAX_NODES:
+        raise ValueError(f"{field_of_view.numel():,} patches are over {MAX_NODES:,}: use a smaller --size")
+    sy, sx = image.shape[1] / (bottom - top), image.shape[2] / (right - left)  # px of the image in one px
+    search_area = (y0 - top) * sy, (x0 - left) * sx, (y1 - top) * sy, (x1 - left) * sx
+    return View(image[:3], config.stride, crop, opaque & inside, search_area, field_of_view)
 
 
 # Features: the keys of DINO's last block, or another backbone's ------------------------------------------------
@@ -618,12 +602,10 @@ def load_dino(weights=None, progress=True):
 
 
 def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises ValueError for a kind that is missing."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-    if not {"cuda": cuda, "mps": mps}.get(device.type, True):
-        raise ValueError(f"device {device} is not available on this machine: use --device auto or cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises RuntimeError for one that is missing."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.zeros(0, device=device).device  # with the index of the current one
 
 
 def builtin(view):
@@ -672,11 +654,6 @@ def colour_features(lab, background):
     Eq. (1) compares directions: a constant fourth feature keeps patches of nearly the background's colour similar.
     """
     return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=50), dim=1)
-
-
-def join_features(deep, colour, colour_weight):
-    """Features (N,C) and colours (N,4) as (N,C+4), whose cosine similarity is the weighted mean of those of both."""
-    return torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
 
 
 # Where the object is, roughly ----------------------------------------------------------------------------------
@@ -731,7 +708,7 @@ def disc_contrasts(values, view, radii):
 
 
 def find_disc(maps, view, point=None):
-    """The disc that stands out from its surroundings, as an ellipse (y, x, radius, radius), px.
+    """The disc that stands out from its surroundings, as the sides (y0, x0, y1, x1) of an ellipse, px.
 
     First the salient point: the centre of the disc of the largest contrasts to its ring and to the background in all
     maps (Itti, Koch and Niebur 1998; Achanta et al. 2009). Then the size: of the discs near it, or near the user's
@@ -745,7 +722,7 @@ def find_disc(maps, view, point=None):
 
     def best(score):  # (R,h,w)
         number, row, column = np.unravel_index(int(score.argmax()), score.shape)
-        return float(cy[row]), float(cx[0, column]), float(radii[number]), float(radii[number])
+        return float(cy[row]), float(cx[0, column]), float(radii[number])
 
     if point is None:
         # The bound keeps the other map's contrasts where one map is constant
@@ -753,7 +730,8 @@ def find_disc(maps, view, point=None):
         point = best(salience ** (1 / len(maps)) * radii**exponent * inland)[:2]
     near = torch.exp(-((torch.hypot(cy - point[0], cx - point[1]) / radii / 0.35) ** 2) / 2)  # sigma 0.35 radii
     to_ring = sum(to_ring.square() for to_ring, _ in contrasts).sqrt()  # in all maps concatenated
-    return best(to_ring * radii**exponent * near)
+    y, x, radius = best(to_ring * radii**exponent * near)
+    return y - radius, x - radius, y + radius, x + radius
 
 
 def box_is_tight(maps, view):
@@ -764,15 +742,14 @@ def box_is_tight(maps, view):
     """
     y, x = view.position_in(view.search_area)
     distance, visible = torch.hypot(y, x), view.field_of_view > 0
-    outside = visible & ((y.abs() > 1) | (x.abs() > 1))
-    middle, rim = visible & (distance <= 0.5), visible & (distance > 0.7) & (distance <= 1)
-    if not (middle.any() and rim.any() and outside.any()):
-        return bool(outside.any())  # without an outside the box is the whole photograph
+    parts = distance <= 0.5, (distance > 0.7) & (distance <= 1), (y.abs() > 1) | (x.abs() > 1)
     for values in maps:
-        inner, edge, outer = (values[:, part].mean(1) for part in (middle, rim, outside))
-        axis = F.normalize(inner - outer, dim=0)
-        variance = sum((axis @ values[:, part]).var(correction=0) for part in (middle, outside)) / 2
-        if axis @ (inner - outer) <= variance.sqrt() or axis @ (edge - outer) > 0.2 * (axis @ (inner - outer)):
+        middle, rim, outside = (values[:, part & visible] for part in parts)
+        axis = F.normalize(middle.mean(1) - outside.mean(1), dim=0)  # NaN if the box is the whole image: it is loose
+        deviations = [axis @ (part - part.mean(1, keepdim=True)) for part in (middle, outside)]
+        variance = sum(deviation.square().mean() for deviation in deviations) / 2
+        inner, edge, outer = (axis @ part.mean(1) for part in (middle, rim, outside))
+        if inner - outer <= variance.sqrt() or edge - outer > 0.2 * (inner - outer):
             return True
     return False
 
@@ -782,22 +759,17 @@ def locate_object(view, deep, lab, colour_weight, box, point):
     maps = []
     colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
     for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
-        if weight:  # weighted as in `join_features`; 12 components nearly keep the distances
+        if weight:  # weighted as in `extract_nodes`; 12 components nearly keep the distances
             scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
             maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # (12,h,w)
     if box and box_is_tight(maps, view):
-        y0, x0, y1, x1 = view.search_area
-        ellipse = (y0 + y1) / 2, (x0 + x1) / 2, (y1 - y0) / 2, (x1 - x0) / 2
-        return dataclasses.replace(view, ellipse=ellipse, prompt="box")
+        return dataclasses.replace(view, ellipse=view.search_area, prompt="box")
     if not point:
         return dataclasses.replace(view, ellipse=find_disc(maps, view))
-    y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.opaque.shape))
-    nearest = sum((centre - at) ** 2 for centre, at in zip(view.centres(), (y, x))).argmin()
-    excluded = view.field_of_view.flatten()[nearest] == 0  # what the user points at is no frame
-    searched = dataclasses.replace(view, field_of_view=torch.ones(view.grid)) if excluded else view
-    view = dataclasses.replace(view, ellipse=find_disc(maps, searched, (y, x)), prompt="point")
-    inside = view.distance_in_radii() <= (POSITION_PRIOR["point"][1] if excluded else 1)  # which is not excluded either
-    return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside.float()))
+    y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.allowed.shape))  # px of the image
+    view = dataclasses.replace(view, ellipse=find_disc(maps, view, (y, x)), prompt="point")
+    inside = (view.distance_in_radii() <= 1).float()  # which is not excluded either
+    return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside))
 
 
 def check_prompt(box, point, height, width):
@@ -814,20 +786,17 @@ def check_prompt(box, point, height, width):
 def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     """The nodes of a photograph's graph: its View with the object's ellipse, the features f (N,C), node weights (N,).
 
-    photo: (height,width,3 or 4) uint8. box, point: as in `segment`. Raises ValueError for a bad prompt or backbone.
+    photo: (height,width,4) uint8, as of `load_image`. box, point: as in `segment`. Raises ValueError for a prompt that
+    is not inside the image, and for features of a wrong shape.
     """
     if box is not None or point is not None:
         box, point = check_prompt(box, point, *photo.shape[:2])
-    view = view_photograph(photo, config, box)
-    (h, w), copy = view.grid, dataclasses.replace(view, image=view.image.clone())  # as it may be changed in place
-    try:
-        with torch.no_grad():
-            deep = (builtin if config.colour == 1 else extract)(copy).to(device, torch.float32)
-        if deep.ndim != 2 or len(deep) != h * w or not deep.isfinite().all():
-            raise ValueError(f"it must return finite ({h * w},C) for {h} x {w} patches, got {(*deep.shape,)}")
-    except (Exception, SystemExit) as error:
-        what = f"backbone {getattr(extract, '__name__', 'extract')}: extract failed: {type(error).__name__}"
-        raise ValueError(f"{what}: {one_line(error)}") from error
+    view = view_photograph(photo, config, box, point)
+    copy, n = dataclasses.replace(view, image=view.image.clone()), math.prod(view.grid)  # as it may be changed in place
+    with torch.no_grad():
+        deep = (builtin if config.colour == 1 else extract)(copy).to(device, torch.float32)
+    if deep.ndim != 2 or len(deep) != n or not deep.isfinite().all():
+        raise ValueError(f"the backbone must return finite features ({n},C), for {n} patches, got {(*deep.shape,)}")
     deep, has_deep = F.normalize(deep, dim=1), deep.shape[1] > 0
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
     view = locate_object(view, deep, lab, config.colour if has_deep else 1, box, point)
@@ -836,31 +805,26 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
         node_weights = node_weights * F.threshold(torch.exp(-((distance / config.fade_radii) ** 4) / 2), 1e-6, 0.0)
     # Again, as the ellipse now tells what is background
     colour = colour_features(lab, ((distance > 1) * view.field_of_view + 1e-3).flatten()).to(device)
-    return view, join_features(deep, colour, config.colour) if has_deep else colour, node_weights.flatten().to(device)
+    if has_deep:  # joined, the cosine similarity is the weighted mean of those of both
+        colour = torch.cat([math.sqrt(1 - config.colour) * deep, math.sqrt(config.colour) * colour], dim=1)
+    return view, colour, node_weights.flatten().to(device)
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
 
 
-def order_clusters(view, assignment, node_weights):
-    """The clusters in order from background to object: the assignment (N,K), and the number of background clusters.
+def select_foreground(view, assignment, adjacency, node_weights, config):
+    """Which clusters and patches are object: the assignment (N,K) in order, how many are background, and (N,) in [0,1].
 
-    Foreground are those more common inside the ellipse than in the whole graph, nodes counting by weight: our rule.
+    Foreground are the clusters more common inside the ellipse than in the whole graph, nodes counting by weight: our
+    rule. Their sum is the probability of each patch to be object, if similarity_weight is 0. Otherwise patches are
+    judged again, as modularity gives those between two clusters to the smaller one: their log-odds are the position
+    prior plus similarity_weight times the logarithm of (mean similarity to the foreground / to the background).
     """
     inside = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
     shares = [weights @ assignment / weights.sum().clamp(min=1e-6) for weights in (inside, node_weights)]  # (K,) each
     excess = shares[0] / shares[1].clamp(min=1e-6) - 1
-    return assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
-
-
-def select_foreground(view, assignment, n_background, adjacency, node_weights, config):
-    """The probability of each patch to be object, (N,) in [0,1].
-
-    assignment: (N,K) from `order_clusters`; its first n_background clusters are background. If similarity_weight is 0
-    the others are summed. Otherwise patches are judged again, as modularity gives those between two clusters to the
-    smaller one: their log-odds are the position prior plus similarity_weight times the logarithm of (mean similarity to
-    the foreground / to the background).
-    """
+    assignment, n_background = assignment[:, excess.argsort()], int((excess <= 1e-4).sum())  # 1e-4 for rounding
     foreground = assignment[:, n_background:].sum(1)
     if config.similarity_weight and n_background < config.clusters:
         membership = torch.stack([foreground, 1 - foreground], dim=1)  # (N,2)
@@ -870,7 +834,7 @@ def select_foreground(view, assignment, n_background, adjacency, node_weights, c
         strength, radius = POSITION_PRIOR[view.prompt]
         prior = strength * (1 - view.distance_in_radii() / radius).clamp(min=-1).flatten()
         foreground = torch.sigmoid(config.similarity_weight * (logs[:, 0] - logs[:, 1]) + prior.to(logs))
-    return foreground * (node_weights > 0)  # the others have no edges
+    return assignment, n_background, foreground * (node_weights > 0)  # the others have no edges
 
 
 def upsample(values, stride):
@@ -891,8 +855,7 @@ def clean_mask(mask, keep_components):
 
 def make_mask(view, assignment, adjacency, node_weights, config):
     """The clusters (N,K) over the photograph: {mask, probability, labels, assignment (ordered)}, as in Segmentation."""
-    assignment, n_background = order_clusters(view, assignment, node_weights)
-    foreground = select_foreground(view, assignment, n_background, adjacency, node_weights, config)
+    assignment, n_background, foreground = select_foreground(view, assignment, adjacency, node_weights, config)
     maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
     maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
     soft = maps[..., 0]
@@ -906,12 +869,10 @@ def make_mask(view, assignment, adjacency, node_weights, config):
     y0, x0, y1, x1 = view.crop
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
     maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,*crop)
-    up_y, up_x = maps.shape[1] / view.image.shape[1], maps.shape[2] / view.image.shape[2]  # px of the photograph in one
-    top, left, bottom, right = (round(side * up) for side, up in zip(view.search_area, (up_y, up_x, up_y, up_x)))
-    probability, labels = np.zeros(view.opaque.shape, np.float32), np.zeros(view.opaque.shape, np.uint8)
-    probability[y0:y1, x0:x1][top:bottom, left:right] = maps[0, top:bottom, left:right].clip(0, 1)  # 0 outside
-    probability *= view.opaque
-    mask = clean_mask(probability > 0.5, config.keep_components) & view.opaque
+    probability, labels = np.zeros(view.allowed.shape, np.float32), np.zeros(view.allowed.shape, np.uint8)
+    probability[y0:y1, x0:x1] = maps[0].clip(0, 1)
+    probability *= view.allowed
+    mask = clean_mask(probability > 0.5, config.keep_components) & view.allowed
     # The most likely cluster: of the foreground clusters inside the mask, of the others outside
     allowed = (np.arange(config.clusters) >= n_background)[:, None, None] == mask[y0:y1, x0:x1]
     labels[y0:y1, x0:x1] = np.where(allowed, maps[1:], -np.inf).argmax(0)
@@ -943,7 +904,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     box: (x0, y0, x1, y1) px, ends excluded, around the object, tight or loose. point: (x, y) px, near its middle.
     backbone: a name (see `load_backbone`, also for weights), a Python file or a function. device: see `pick_device`.
     shared: a state_dict from `fit_collective`; without it config.shared_epochs has no effect.
-    Raises ImageError for an image that cannot be segmented, else ValueError or OSError for what cannot be used.
+    Raises ValueError for an image that cannot be segmented, else ValueError or OSError for what cannot be used.
     """
     device = pick_device(device)
     extract = backbone if callable(backbone) else load_backbone(backbone, weights, device)
@@ -955,7 +916,6 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     if not maps["mask"].any():
         excluded = (view.field_of_view == 0).float().mean().item()
         reason = "no communities were found" if fitted.modularity < MIN_MODULARITY else "nothing is left after cleaning"
-        reason = "everything is excluded" if excluded == 1 else reason
         log.warning("%s: the mask is empty: %s; %.0f %% of the image is excluded as dark frame, sticker or transparent",
                     image if isinstance(image, (str, Path)) else "the image", reason, 100 * excluded)  # fmt: skip
     return Segmentation(photo[..., :3], **maps, view=view, features=features, node_weights=node_weights, fit=fitted,
@@ -992,8 +952,7 @@ def captioned_grid(pictures, size, columns):
     tiles = []
     for caption, picture in pictures:
         tile = Image.new("RGB", (size[0], size[1] + 24), "white")
-        few = picture.width < size[0] / 2  # patches, which are shown as squares
-        tile.paste(picture.resize(size, Image.NEAREST if few else Image.LANCZOS), (0, 24))
+        tile.paste(picture.resize(size, Image.NEAREST), (0, 24))  # patches are shown as squares
         ImageDraw.Draw(tile).text((2, 3), caption, "black", ImageFont.load_default(14))
         tiles.append(to_tensor(tile))
     return to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=1.0))
@@ -1001,14 +960,17 @@ def captioned_grid(pictures, size, columns):
 
 def explain(result, config):
     """The stages of a Segmentation side by side: a PIL image. The blue patch is the surest one of the object."""
-    view, (y, x, ry, rx), object_share = result.view, result.view.ellipse, result.assignment[..., -1].ravel()
-    adjacency, network = build_graph(result.features, config.tau, result.node_weights), result.fit.network
+    from torchvision.transforms.functional import to_pil_image
+
+    view, (y0, x0, y1, x1), object_share = result.view, result.view.ellipse, result.assignment[..., -1].ravel()
+    adjacency = build_graph(result.features, config.tau, result.node_weights)
     node = int((object_share * result.node_weights.cpu().numpy()).argmax())
     with torch.no_grad():
-        _, score_dst, score_src = network.series[0][0].project(centre_and_scale(result.features, adjacency))
+        layer = result.fit.network.series[0][0]
+        _, score_dst, score_src = layer.project(centre_and_scale(result.features, adjacency))
         alpha = attention_weights(score_dst[:, node : node + 1], score_src, adjacency[node : node + 1])  # (H,1,N)
-    located = Image.fromarray((view.image * 255).byte().permute(1, 2, 0).numpy())
-    ImageDraw.Draw(located).ellipse((x - rx, y - ry, x + rx, y + ry), outline=PALETTE[1], width=3)
+    located = to_pil_image(view.image)
+    ImageDraw.Draw(located).ellipse((x0, y0, x1, y1), outline=PALETTE[1], width=3)
     components = F.pad(pca(result.features.cpu(), 3), (0, 3))[:, :3].numpy()
     colours = [(components - components.min(0)) / np.ptp(components, axis=0).clip(min=1e-6)]  # (N,3) in [0,1] each
     for values in (adjacency[node].cpu().numpy(), alpha.mean(0)[0].cpu().numpy(), object_share):
@@ -1018,16 +980,15 @@ def explain(result, config):
     for panel in maps[1:3]:
         panel.putpixel((node % view.grid[1], node // view.grid[1]), (0, 160, 255))
     y0, x0, y1, x1 = view.crop
-    scale = 256 / min(y1 - y0, x1 - x0)
     pictures = {
         "1  where the object is, roughly": located,
         f"2  features ({Path(result.backbone).name}), PCA": maps[0],
         "3  graph: edges of the blue patch": maps[1],
         "4  its attention, first layer": maps[2],
         "5  soft assignment": maps[3],
-        "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]),
+        "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]).resize(located.size),
     }
-    return captioned_grid(pictures.items(), (round((x1 - x0) * scale), round((y1 - y0) * scale)), columns=3)
+    return captioned_grid(pictures.items(), located.size, columns=3)
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -1097,27 +1058,24 @@ def is_image(path):
 
 def plan_outputs(args):
     """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
-    images, output = {}, args.output  # {absolute path: path}, so that each is done once
+    images, output, plan = [], args.output, []
     for path in args.images:
-        entries = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-        found = [entry for entry in entries if entry == path or is_image(entry)]
-        if not found:
-            raise ValueError(f"{path}: there is no image in this folder")
+        entries = sorted(path.glob("[!.]*")) if path.is_dir() else []
+        found = [entry for entry in entries if is_image(entry)] if path.is_dir() else [path]
         if len(found) < len(entries):
             log.warning("%s: %d entries are skipped, as they are no images", path, len(entries) - len(found))
-        images |= {os.path.abspath(image): image for image in found}
-    taken = {os.path.realpath(image) for image in images}
+        images += found
     single = output.suffix.lower() == ".png" and not output.is_dir()
-    if single and (len(images) > 1 or args.images[0].is_dir()):
-        raise ValueError(f"{output}: several images, or a folder of them, need a folder for the masks")
-    if not single and output.suffix and not output.is_dir():
+    if not images or single and len(images) > 1:
+        raise ValueError(f"{len(images)} images were found: -o needs a .png file for one, a folder for several")
+    if output.suffix and not single and not output.is_dir():
         raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
-    if os.path.realpath(output) in {os.path.dirname(path) for path in taken}:
-        raise ValueError(f"{output}: holds input images; choose another folder for the masks")
     if not os.access(output if output.is_dir() else output.parent, os.W_OK):
         raise ValueError(f"{output}: there is no such folder, or no permission to write there")
-    plan = []
-    for image in images.values():
+    taken = {os.path.realpath(image) for image in images}
+    if os.path.realpath(output) in map(os.path.dirname, taken):
+        raise ValueError(f"{output}: holds input images; choose another folder for the masks")
+    for image in images:
         mask = output if single else output / f"{image.stem}.png"
         extras = [kind for kind in OUTPUTS if getattr(args, kind, False)]
         outputs = {"mask": mask} | {kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in extras}
@@ -1161,7 +1119,7 @@ def segment_all(args, config):
         raise ValueError("one object is segmented: give --point X,Y or --box X0,Y0,X1,Y1, and only once")
     prompt = {name: numbers for name, _, numbers in prompts}
     plan, (rank, world), device = plan_outputs(args), rank_and_world(), pick_device(args.device)
-    backbone, shared, failures = load_backbone(args.backbone, args.weights, device, not args.quiet), None, []
+    backbone, shared, code = load_backbone(args.backbone, args.weights, device, not args.quiet), None, 0
     plan[0][1]["mask"].parent.mkdir(exist_ok=True)
     if config.shared_epochs:  # over all images on every rank, so that all ranks have the same parameters
         nodes = [lambda image=image: extract_nodes(load_image(image), config, backbone, device, **prompt)[1:]
@@ -1170,24 +1128,22 @@ def segment_all(args, config):
     for number, (image, outputs) in list(enumerate(plan, 1))[rank::world]:
         if args.skip_existing and all(path.exists() for path in outputs.values()):
             continue
-        start = time.perf_counter()
         try:
             result = segment(image, config, **prompt, backbone=backbone, device=device, shared=shared)
             for kind, path in outputs.items():
                 with atomic_write(path) as part:
                     OUTPUTS[kind][1](result, config).save(part, format="PNG")
-            seconds, q, share = time.perf_counter() - start, result.fit.modularity, result.mask.mean()
-            line = f"foreground {share:.1%}, modularity {q:.3f}, backbone {result.backbone}, {seconds:.1f} s"
-            if not args.quiet:
-                print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {line}")
         except Exception as error:  # whatever happens to one image, the others are done
-            failures.append(str(image))
             log.error("%s: %s", image, one_line(error))
-    if failures and len(plan) > 1:
-        log.error("%d failed: %s", len(failures), ", ".join(failures))
+            code = 1
+            continue
+        if not args.quiet:
+            share, q, name = result.mask.mean(), result.fit.modularity, result.backbone
+            line = f"foreground {share:.1%}, modularity {q:.3f}, backbone {name}"
+            print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {line}")
     if world > 1:
         distributed.barrier()  # as torchrun ends all ranks when one has failed
-    return 1 if failures else 0
+    return code
 
 
 def run_program(program):
@@ -1203,7 +1159,7 @@ def run_program(program):
             # gloo, as NCCL needs a GPU for each rank; a day, as the slowest rank may be late
             distributed.init_process_group("gloo", timeout=timedelta(days=1))
         return program()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last one: no such device
         log.error("%s", one_line(error))
         return 2
     except KeyboardInterrupt:
