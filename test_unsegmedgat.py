@@ -1,10 +1,7 @@
 """Tests: each part against an independent reference, on tiny inputs. Run `python -m pytest -q`."""
 
 import argparse
-import contextlib
-import functools
 import hashlib
-import io
 import math
 import os
 import re
@@ -23,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from torch import nn
@@ -38,18 +35,16 @@ QUICK = ["--size", "64", "--epochs", "40", "--backbone", "builtin", "--device", 
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """The same random numbers for each test, alone or among others."""
+def fresh():
+    """The same random numbers for each test, alone or among others, and no backbone of an earlier one."""
     torch.manual_seed(0)
+    u.load_backbone.cache_clear()
 
 
-def random_graph(n, dtype=torch.float64, isolated=None):
-    """A symmetric weighted adjacency with self-loops, about half of the edges present; one node may have none."""
+def random_graph(n, dtype=torch.float64):
+    """A symmetric weighted adjacency with self-loops, about half of the edges present."""
     a = torch.rand(n, n, dtype=dtype)
-    a = F.threshold((a + a.T) / 2, 0.5, 0.0).fill_diagonal_(1)
-    if isolated is not None:
-        a[isolated], a[:, isolated] = 0, 0
-    return a
+    return F.threshold((a + a.T) / 2, 0.5, 0.0).fill_diagonal_(1)
 
 
 def disc(row, column, radius, h=28, w=37, stretch=1.0):
@@ -85,15 +80,7 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-# Settings, and section II of the paper -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrong", [dict(epochs=2.0), dict(epochs=True), dict(widths=()), dict(widths=128), dict(size=8),
-                                   dict(shared_epochs="5"), dict(refine="no"), dict(clusters=1), dict(seed=-1)],
-                         ids=str)  # fmt: skip
-def test_config_refuses_what_is_out_of_range_and_names_it(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        u.Config(**wrong)
+# Section II of the paper -------------------------------------------------------------------------------------
 
 
 def test_graph_is_the_thresholded_cosine_times_the_weights_of_both_nodes():
@@ -104,9 +91,15 @@ def test_graph_is_the_thresholded_cosine_times_the_weights_of_both_nodes():
     torch.testing.assert_close(u.build_graph(f, 0.3, weights), expected * torch.outer(weights, weights))
 
 
-def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
-    layer, x, expected = u.GraphAttention(5, 6, heads=2, residual=False), torch.randn(8, 5), torch.zeros(8, 6)
-    adjacency = random_graph(8, torch.float32, isolated=3)
+@pytest.mark.parametrize("block_bytes", [2**26, 0])  # at once, or in blocks of rows
+@pytest.mark.parametrize("scale", [1, 1e4])  # of the scores
+def test_graph_attention_layer_and_its_gradient_against_loops_over_equation_2(monkeypatch, scale, block_bytes):
+    monkeypatch.setattr(u, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(u, "BLOCK_ROWS", 3)
+    layer, x = u.GraphAttention(5, 6, heads=2, residual=False).double(), torch.randn(8, 5, dtype=torch.float64)
+    layer.a_dst.data, layer.a_src.data = layer.a_dst.data * scale, layer.a_src.data * scale
+    adjacency, expected = random_graph(8), torch.zeros(8, 6, dtype=torch.float64)
+    adjacency[3], adjacency[:, 3] = 0, 0  # a node without neighbours
     for z in range(2):
         w = layer.W.weight[3 * z : 3 * z + 3]  # W^z
         a = torch.cat([layer.a_dst[z], layer.a_src[z]])
@@ -115,23 +108,11 @@ def test_graph_attention_layer_against_loops_over_the_papers_equation_2():
             scores = [F.leaky_relu(a @ torch.cat([w @ x[i], w @ x[j]]), 0.2) for j in neighbours]
             expected[i, 3 * z : 3 * z + 3] = torch.stack(scores).softmax(0) @ (x[neighbours] @ w.T)
     torch.testing.assert_close(layer(x, torch.where(adjacency > 0, adjacency, -1)), expected)  # only the sign counts
-    layer.residual = True
-    torch.testing.assert_close(layer(x, adjacency), expected + layer.W(x))
-
-
-@pytest.mark.parametrize("scale", [1, 200, 1e4])
-def test_attention_in_blocks_of_rows_is_the_same_forward_and_backward_and_exact_at_any_scores(monkeypatch, scale):
-    layer, x = u.GraphAttention(5, 6, heads=2).double(), torch.randn(30, 5, dtype=torch.float64)
-    layer.a_dst.data, layer.a_src.data = layer.a_dst.data * scale, layer.a_src.data * scale
-    adjacency, results = random_graph(30, isolated=3), []
-    for limit in (u.BLOCK_BYTES, 0):
-        monkeypatch.setattr(u, "BLOCK_BYTES", limit)
-        monkeypatch.setattr(u, "BLOCK_ROWS", 7)
-        out = layer(x, adjacency)
-        results.append((out, *torch.autograd.grad(out.square().sum(), [*layer.parameters()])))
-    torch.testing.assert_close(*results)
-    exact, single = results[0][0], layer.float()(x.float(), adjacency.float())  # in which exp(scale) overflows
-    torch.testing.assert_close(single.double(), exact, rtol=0, atol=1e-4 if scale < 1e4 else 1e-2)
+    layer.residual, expected = True, expected + layer.W(x)
+    theirs, ours = (torch.autograd.grad(h.square().sum(), layer.parameters()) for h in (expected, layer(x, adjacency)))
+    torch.testing.assert_close(ours, theirs)
+    single = layer.float()(x.float(), adjacency.float()).double()  # in which exp(scale) overflows
+    torch.testing.assert_close(single, expected, rtol=0, atol=1e-4 if scale == 1 else 1e-2)
 
 
 @pytest.mark.parametrize("activation", [F.silu, F.selu, F.relu], ids=lambda function: function.__name__)
@@ -154,7 +135,6 @@ def test_loss_is_equation_8_with_b_formed_and_its_first_term_the_modularity_of_n
     graph = networkx.from_numpy_array(loopless.numpy())
     theirs = networkx.community.modularity(graph, [{*np.flatnonzero(clusters == k)} for k in range(3)])
     assert u.modularity(F.one_hot(clusters).double(), loopless).item() == pytest.approx(theirs)
-    assert u.modularity(c, 0 * a) == 0  # without an edge
 
 
 def communities(n=40, groups=2, noise=0.2):
@@ -163,36 +143,21 @@ def communities(n=40, groups=2, noise=0.2):
     return torch.eye(20)[group] + noise * torch.randn(n, 20), group
 
 
-def test_fit_finds_planted_communities_is_repeatable_and_leaves_the_random_state_alone():
-    features, group = communities()
-    adjacency, before = u.build_graph(features, 0.3), torch.get_rng_state()
-    result, again, other = (u.fit(features, adjacency, u.Config(seed=seed)) for seed in (0, 0, np.int64(1)))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(result.assignment, again.assignment) and not torch.equal(result.assignment, other.assignment)
-    for found in (result, other):
-        assert (found.assignment.argmax(1) == group).float().mean() in (0, 1) and len(found.losses) < 60
-
-
-@pytest.mark.parametrize("share, common, density", [(0.5, 0, 0.5), (0.3, 0.8, 0.63), (0.3, 1.1, 1), (0.08, 1.1, 1)])
-def test_fit_reaches_the_modularity_of_the_leading_eigenvector_on_graphs_of_any_density(share, common, density):
+@pytest.mark.parametrize("share, common", [(0.5, 0), (0.3, 0.8), (0.3, 1.1), (0.08, 1.1)])  # half to all of the edges
+def test_fit_reaches_the_modularity_of_the_leading_eigenvector_at_any_density_and_is_repeatable(share, common):
     """Two noisy groups, one of this share of the nodes, with a common part of this length: the longer, the denser."""
     group = (torch.arange(196) < share * 196).long()
     directions = F.normalize(torch.randn(3, 384), dim=1)
     features = directions[group] + common * directions[2] + torch.randn(196, 384) / math.sqrt(384)
     adjacency = u.build_graph(features, 0.3)
-    assert (adjacency > 0).float().mean() == pytest.approx(density, abs=0.02)
     d = adjacency.sum(1)
     leading = torch.linalg.eigh(adjacency - torch.outer(d, d) / d.sum())[1][:, -1] > 0  # Newman 2006
     best = u.modularity(F.one_hot(leading.long(), 2).float(), adjacency).item()
-    assert u.fit(features, adjacency).modularity >= 0.9 * best > 0
-
-
-def test_node_features_have_no_mean_and_length_4_whatever_they_share_nodes_counting_by_degree():
-    degree = (adjacency := random_graph(50).float()).sum(1)
-    x = u.centre_and_scale(torch.randn(50, 7) + 100, adjacency)
-    torch.testing.assert_close((degree[:, None] * x).sum(0) / degree.sum(), torch.zeros(7), rtol=0, atol=1e-4)
-    assert math.isclose(((degree * x.square().sum(1)).sum() / degree.sum()).sqrt(), 4, rel_tol=1e-4)
-    assert u.centre_and_scale(x, 0 * adjacency).isfinite().all()  # without edges
+    before = torch.get_rng_state()
+    result, again, other = (u.fit(features, adjacency, u.Config(seed=seed)) for seed in (0, 0, np.int64(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(result.assignment, again.assignment) and not torch.equal(result.assignment, other.assignment)
+    assert min(result.modularity, other.modularity) >= 0.9 * best > 0 and len(result.losses) < 60  # stopped early
 
 
 def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
@@ -203,13 +168,17 @@ def test_collective_phase_is_one_step_an_image_a_pass_with_shared_parameters():
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=1e-2)
     for x in images * 3:
         adjacency = u.build_graph(x, 0.3)
+        degree = adjacency.sum(1, keepdim=True) / adjacency.sum()
+        centred = x - (degree * x).sum(0)
+        scaled = 4 * centred / (degree * centred.square()).sum().sqrt()
         optimizer.zero_grad()
-        u.modularity_loss(network(u.centre_and_scale(x, adjacency), adjacency), adjacency, collapse_weight=0).backward()
+        u.modularity_loss(network(scaled, adjacency), adjacency, collapse_weight=0).backward()
         optimizer.step()
     node_sets = [lambda: 1 / 0, *(lambda x=x: (x, torch.ones(len(x))) for x in images)]  # one that fails is left out
     shared = u.fit_collective(node_sets, config)
     torch.testing.assert_close(shared, dict(network.state_dict()), check_stride=False)
-    assert len(u.fit(images[0], u.build_graph(images[0], 0.3), config, shared).losses) == 7  # the remaining epochs
+    losses = u.fit(images[1], adjacency, config, shared).losses
+    assert len(losses) == 7 and losses[0] == pytest.approx(-u.modularity(network(scaled, adjacency), adjacency).item())
 
 
 @pytest.mark.parametrize("stride, h, w", [(8, 4, 4), (8, 3, 6), (2, 9, 21)])
@@ -234,25 +203,22 @@ def test_keys_equal_the_third_of_qkv_after_torchs_own_encoder_layers_row_major(s
 
 
 def test_colour_features_are_lab_minus_the_background_beside_a_constant():
-    colours = torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 1], [0, 0, 0]]).T[..., None]
-    lab = torch.tensor([[100, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [0, 0, 0]])
+    colours = torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 1], [0, 0, 0], [0.5, 0.5, 0.5]]).T[..., None]
+    lab = torch.tensor([[100, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [0, 0, 0], [53.39, 0, 0]])
     torch.testing.assert_close(u.rgb_to_lab(colours), lab.T[..., None], rtol=0, atol=0.05)
-    background = torch.rand(4)
-    deviations = lab.numpy() - np.average(lab.numpy(), axis=0, weights=background.numpy())
-    expected = np.pad(deviations, ((0, 0), (0, 1)), constant_values=50)
-    colour = u.colour_features(lab, background)
-    np.testing.assert_allclose(colour, expected / np.linalg.norm(expected, axis=1)[:, None], rtol=1e-4, atol=1e-6)
+    background = torch.rand(5)
+    deviations = lab - (background @ lab) / background.sum()
+    expected = F.normalize(torch.cat([deviations, torch.full((5, 1), 50.0)], dim=1), dim=1)
+    torch.testing.assert_close(u.colour_features(lab, background), expected)
 
 
 # Where the object may be, and where it is ----------------------------------------------------------------------
 
 
-def view_of(rgb, box=None, stride=8, **fields):
-    """A View of a photograph, or of a crop (y0, x0, y1, x1) of it, at its own size, all of it in the field of view."""
-    y0, x0, y1, x1 = box = box or (0, 0, *rgb.shape[:2])
-    image = u.resize_image(rgb[y0:y1, x0:x1], min(y1 - y0, x1 - x0))
-    view = u.View(image, stride, box, np.ones(rgb.shape[:2], bool), (0, 0, *image.shape[1:]), None)
-    return u.dataclasses.replace(view, **{"field_of_view": torch.ones(view.grid)} | fields)
+def view_of(height=224, width=296, stride=8, **fields):
+    """The View of a lesion's photograph at its own size, with other fields."""
+    photo, config = u.load_image(lesion(height, width)[0]), u.Config(size=min(height, width), stride=stride)
+    return u.dataclasses.replace(u.view_photograph(photo, config), **fields)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +226,7 @@ def view_of(rgb, box=None, stride=8, **fields):
     [(~disc(80, 112, 40, 160, 224), (5, 5, 5), np.s_[:, :7], np.s_[8:12, 12:16]),  # a frame over 86 % of the image
      (np.s_[120:, 184:], (40, 90, 220), np.s_[15:, 23:], np.s_[:, :22]),  # a sticker in the corner
      (~disc(80, 112, 60, 160, 224), (40, 120, 90), np.s_[:, :5], np.s_[8:12, 12:16]),  # a drape over 68 %
-     (np.s_[72:88, 88:104], (120, 60, 150), np.s_[:0], np.s_[:]),  # no colour of tissue, cells or wounds is excluded
-     (np.s_[72:88, 88:104], (150, 40, 40), np.s_[:0], np.s_[:])],
+     (np.s_[72:, 88:104], (120, 60, 150), np.s_[:0], np.s_[:])],  # no colour is excluded that reaches inland
 )  # fmt: skip
 def test_field_of_view_leaves_out_frames_stickers_and_drapes_but_nothing_inland(marks, colour, hidden, seen):
     rgb, _ = lesion(160, 224)
@@ -271,31 +236,27 @@ def test_field_of_view_leaves_out_frames_stickers_and_drapes_but_nothing_inland(
 
 
 def salient(row, column, radius):
-    """Unit features (28,37,20) of a disc on another background."""
-    noise = torch.randn(28, 37, 20, generator=torch.Generator().manual_seed(0))
-    directions = torch.eye(20)[disc(row, column, radius).astype(int)]
-    return F.normalize(directions + 0.5 / math.sqrt(20) * noise, dim=2)
-
-
-def locate(*features, point=None, **fields):
-    """The disc that stands out, in patches: (28,37) bool."""
-    view = view_of(np.zeros((224, 296, 3), np.uint8), **fields)
-    y0, x0, y1, x1 = u.find_disc([values.permute(2, 0, 1) for values in features], view, point)
-    return disc((y0 + y1) / 16 - 0.5, (x0 + x1) / 16 - 0.5, (y1 - y0) / 16)
+    """Unit features (20,28,37) of a disc on another background."""
+    features = torch.eye(20)[disc(row, column, radius).astype(int)] + 0.5 / math.sqrt(20) * torch.randn(28, 37, 20)
+    return F.normalize(features, dim=2).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("row, column, radius", [(14, 8, 5), (10, 8, 4), (12, 28, 6)])
 def test_the_disc_that_stands_out_is_found_of_two_the_one_at_the_point_in_the_box_or_on_both_maps(row, column, radius):
-    one, truth = salient(row, column, radius), disc(row, column, radius)
-    both = torch.where((torch.arange(37) < 18)[None, :, None] == (column < 18), one, salient(14, 36 - column, 5))
+    def found(*maps, point=None, **fields):
+        y0, x0, y1, x1 = u.find_disc(maps, view_of(**fields), point)
+        located = disc((y0 + y1) / 16 - 0.5, (x0 + x1) / 16 - 0.5, (y1 - y0) / 16)
+        return iou(located, disc(row, column, radius))
+
+    one, other = salient(row, column, radius), salient(14, 36 - column, 5)
+    both = torch.where((torch.arange(37) < 18) == (column < 18), one, other)
     box = (8 * row - 72, 8 * column - 64, 8 * row + 72, 8 * column + 64)
-    assert iou(locate(one), truth) > 0.7 and iou(locate(both, one), truth) > 0.6
-    assert iou(locate(both, point=(8 * row - 4, 8 * column - 4)), truth) > 0.6
-    assert iou(locate(both, search_area=box), truth) > 0.6
+    assert found(one) > 0.7 and found(both, one) > 0.6
+    assert found(both, point=(8 * row - 4, 8 * column - 4)) > 0.6 and found(both, search_area=box) > 0.6
 
 
 def test_contrasts_of_discs_against_loops():
-    values, view = torch.randn(2, 6, 7), view_of(np.zeros((48, 56, 3), np.uint8))
+    values, view = torch.randn(2, 6, 7), view_of(48, 56)
     view.field_of_view[0] = 0
     to_ring, to_background = u.disc_contrasts(values, view, torch.tensor([16.0]))
     background = u.background_weights(view)
@@ -311,10 +272,9 @@ def test_contrasts_of_discs_against_loops():
 
 
 def test_what_features_say_of_the_position_in_the_frame_is_taken_out_and_an_object_is_left():
-    view = view_of(np.zeros((224, 296, 3), np.uint8))
+    view = view_of()
     y, x = (side.expand(28, 37).flatten() for side in view.position_in((0, 0, 224, 296)))
     trend = torch.stack([3 + x - 2 * y, x * x - x * y, 5 * y * y], dim=1)
-    assert u.remove_trend(trend, view).abs().max() < 0.05
     spot = torch.from_numpy(disc(14, 18, 5)).flatten()[:, None] * torch.eye(3)[0]
     left = u.remove_trend(trend + spot, view)[:, 0]
     assert left[spot[:, 0] > 0].mean() > 0.9 and left[spot[:, 0] == 0].abs().mean() < 0.05
@@ -322,18 +282,16 @@ def test_what_features_say_of_the_position_in_the_frame_is_taken_out_and_an_obje
 
 @pytest.mark.parametrize("scale, fills", [(1, True), (1.1, True), (1.5, False), (2, False), (9, False)])
 def test_a_box_is_tight_or_loose_by_its_rim(scale, fills):
-    maps, half = salient(14, 18, 6).permute(2, 0, 1), 8 * 6.5 * scale
+    half = 8 * 6.5 * scale
     area = max(0, 116 - half), max(0, 148 - half), min(224, 116 + half), min(296, 148 + half)
-    view = view_of(np.zeros((224, 296, 3), np.uint8), search_area=area)
-    assert u.box_is_tight([maps], view) == fills
+    assert u.box_is_tight([salient(14, 18, 6)], view_of(search_area=area)) == fills
 
 
-@pytest.mark.parametrize("stride", [8, 4])
-def test_nodes_fade_with_the_distance_from_the_ellipse_and_have_no_weight_outside_the_field_of_view(stride):
+def test_nodes_fade_with_the_distance_from_the_ellipse_and_have_no_weight_outside_the_field_of_view():
     rgb = lesion(96, 128)[0]
     rgb[:24] = 0  # a dark frame
-    view, _, weights = u.extract_nodes(u.load_image(rgb), u.Config(size=96, stride=stride, fade_radii=1.5), u.builtin)
-    rows, columns = (4 + stride * np.arange((side - 8) // stride + 1) for side in (96, 128))
+    view, _, weights = u.extract_nodes(u.load_image(rgb), u.Config(size=96, stride=4, fade_radii=1.5), u.builtin)
+    rows, columns = np.arange(4, 96 - 3, 4), np.arange(4, 128 - 3, 4)
     y0, x0, y1, x1 = view.ellipse
     rho = 2 * np.hypot((rows[:, None] - (y0 + y1) / 2) / (y1 - y0), (columns - (x0 + x1) / 2) / (x1 - x0))
     assert np.array_equal(view.inside_ellipse(), rho <= 1)
@@ -348,27 +306,26 @@ def test_a_view_of_a_box_shows_its_surroundings_and_what_is_in_the_box_is_never_
     assert view.crop == (36, 20, 164, 180) and view.image.shape == (3, 96, 120)  # 1.6 times as large
     assert view.search_area == pytest.approx((18, 22.5, 78, 97.5))
     assert view.field_of_view[2:10, 3:].all() and not view.field_of_view[:, :2].any()
-    assert u.view_photograph(rgb, u.Config(size=96)).search_area == (0, 0, 96, 144)
 
 
 def test_any_photograph(caplog):
     """A red lesion, one at the border, one in a round frame, in a drape, or transparent around: each is outlined."""
-
-    def outlined(image, truth, **prompt):
-        return iou(segment(image, size=112, **prompt).mask, truth)
-
     middle, edge, small, opening = (disc(60, x, r, 120, 160) for x, r in [(80, 20), (10, 30), (80, 14), (80, 46)])
     red, dark, brown = photograph(middle, (175, 45, 55)), photograph(edge, (45, 31, 29)), photograph(small)
-    assert outlined(red, middle) > 0.9 and outlined(red, middle, box=(60.5, 40, 100, 80)) > 0.9
-    assert outlined(dark, edge, box=(0, 30, 40, 90)) > 0.9 and outlined(dark, edge, point=(10.5, 60)) > 0.9
-    for frame in [(0, 0, 0), (40, 120, 90)]:
-        brown[~opening] = frame
-        assert outlined(brown, small) > 0.8
-    result = segment(np.dstack([red, opening * np.uint8(255)]), size=112)
-    assert iou(result.mask, middle) > 0.9 and not result.probability[~opening].any()
+    framed, draped = (np.where(opening[..., None], brown, np.uint8(frame)) for frame in (0, (40, 120, 90)))
+    transparent = np.dstack([red, opening * np.uint8(255)])
+    tight, loose, left = [60.5, 40, 100, 80], torch.tensor([16, 2, 144, 118]), np.int16([0, 30, 40, 90])
+    for image, truth, how in [(red, middle, dict(stride=4)), (red, middle, dict(clusters=4)), (framed, small, {}),
+                              (draped, small, {}), (red, middle, dict(box=tight)), (red, middle, dict(box=loose)),
+                              (dark, edge, dict(box=left)), (dark, edge, dict(point=(10.5, 60))),
+                              (transparent, middle, {})]:  # fmt: skip
+        result = segment(image, size=112, **how)
+        mask, labels, clusters = result.mask, result.labels, result.assignment.shape[2]
+        assert iou(mask, truth) > (0.9 if truth is not small and clusters == 2 else 0.8)
+        assert {*labels[mask]}.isdisjoint(labels[~mask]) and clusters == how.get("clusters", 2)
+    assert not result.probability[~opening].any() and (result.image[~opening] == red[opening].mean(0) // 1).all()
     assert not caplog.messages and not segment(dark).mask.any()  # without a prompt it is taken for a frame
-    reason = r".*the mask is empty: (no communities|nothing is left).*; 1?\d % of the image is excluded.*"
-    assert len(caplog.messages) == 1 and re.fullmatch(reason, caplog.messages[0])
+    assert len(caplog.messages) == 1 and re.search(r"mask is empty: .*; 1?\d % of the image is excluded", caplog.text)
 
 
 @pytest.fixture(scope="module")
@@ -383,19 +340,13 @@ def dino_files(tmp_path_factory):
     return folder, tensors
 
 
-def test_both_layouts_load_and_dino_gets_the_image_normalised_also_where_torch_has_no_distributed(
-    dino_files, photo, monkeypatch, capsys
-):
+def test_both_layouts_load_and_dino_gets_the_image_normalised(dino_files):
     for file in ("backbone.pth", "full.pth"):
         model = u.load_dino(dino_files[0] / file)
         torch.testing.assert_close(dict(model.state_dict()), dino_files[1], rtol=0, atol=0)
-    view = view_of(lesion()[0], (16, 24, 80, 128))
+    view = view_of(64, 104)
     image = normalize(view.image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
     torch.testing.assert_close(u.load_backbone("dino", dino_files[0] / file, "cpu")(view), model.keys(image)[0])
-    monkeypatch.setattr(u.distributed, "is_available", lambda: False)
-    monkeypatch.delattr(u.distributed, "is_initialized")
-    flags = ["--backbone", "dino", "--weights", str(dino_files[0] / file), "-o", str(photo.with_name("mask.png"))]
-    assert u.main([str(photo), *QUICK, *flags]) == 0 and "backbone dino" in capsys.readouterr().out
 
 
 def test_a_download_is_checked_and_cached_and_a_damaged_file_is_loaded_anew(tmp_path, dino_files, monkeypatch):
@@ -415,7 +366,6 @@ def test_a_download_is_checked_and_cached_and_a_damaged_file_is_loaded_anew(tmp_
 
 @pytest.mark.parametrize("host", ["127.0.0.1:{}", "host:port"])  # silent, and nonsense
 def test_auto_falls_back_whatever_is_wrong_and_dino_never_does(tmp_path, monkeypatch, caplog, host):
-    u.load_backbone.cache_clear()
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(u, "DOWNLOAD_TIMEOUT", 0.3)
@@ -425,10 +375,9 @@ def test_auto_falls_back_whatever_is_wrong_and_dino_never_does(tmp_path, monkeyp
         assert len(caplog.messages) == 1 and re.fullmatch(".*failed.*--weights FILE.*", caplog.messages[0])
         with pytest.raises(OSError, match="the download from .* failed"):
             u.load_backbone("dino", None, "cpu")
-    u.load_backbone.cache_clear()
 
 
-def test_bilateral_solution_against_a_dense_solve_in_any_unit():
+def test_bilateral_solution_against_a_dense_solve_in_any_unit_and_a_warning_where_it_is_far():
     rng = np.random.default_rng(1)
     target, confidence = rng.random((23, 31, 2)), 3 * rng.random((23, 31))
     guide = rng.integers(0, 256, (23, 31, 3)).astype(np.uint8) // 3 + lesion(23, 31)[0] // 3
@@ -448,29 +397,16 @@ def test_bilateral_solution_against_a_dense_solve_in_any_unit():
     for unit in (1, 1e-160, 1e160):
         found = bilateral.solve(target * unit, guide, confidence * unit, 4, 9, 7, smoothness=12 * unit, tolerance=1e-12)
         np.testing.assert_allclose(found / unit, values[vertex].reshape(23, 31, 2), atol=1e-8)
+    with pytest.warns(RuntimeWarning, match="2 iterations"):
+        bilateral.solve(target, guide, confidence, iterations=2, tolerance=1e-12)
 
 
-def test_bilateral_keys_do_not_collide_at_the_largest_sizes_and_need_no_torch():
-    script, guide = "import sys; sys.modules['torch'] = None; import bilateral", np.zeros((2, 70_000, 3), np.uint8)
+def test_bilateral_keys_do_not_collide_at_the_largest_sizes_and_are_refused_beyond():
+    guide = np.zeros((2, 70_000, 3), np.uint8)
     guide[0, :, 0], guide[1, :, 2] = 255, 255
     assert bilateral.BilateralGrid(guide, 1, 1, 1).vertices == 140_000
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=HERE)
-
-
-def test_bilateral_fills_in_where_the_confidence_is_zero_and_warns_where_it_does_not_converge():
-    rgb, truth = lesion(192, 256)
-    known = np.random.default_rng(0).random(truth.shape) < 1 / 64
-    assert iou(bilateral.solve(truth & known, rgb, confidence=known * 0.99) > 0.5, truth) > 0.9
-    with pytest.warns(RuntimeWarning, match="25 iterations"):
-        bilateral.solve(truth & known, rgb, confidence=known * 0.99, iterations=25)
-
-
-@pytest.mark.parametrize("change", [
-    dict(target=np.zeros((3, 3))), dict(target=np.full((23, 31), np.nan)), dict(confidence=-0.5), dict(sigma_luma=0),
-    dict(smoothness=-1), dict(guide=np.zeros((23, 31, 3))), dict(sigma_spatial=1e-99)], ids=str)  # fmt: skip
-def test_bilateral_refuses_what_makes_no_sense(change):
-    with pytest.raises(ValueError, match=next(iter(change)).partition("_")[0]):
-        bilateral.solve(**dict(target=np.zeros((23, 31)), guide=lesion(23, 31)[0]) | change)
+    with pytest.raises(ValueError, match="use larger sigmas"):
+        bilateral.BilateralGrid(guide, 1e-9, 1, 1)
 
 
 TURNED = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # orientation 6
@@ -487,27 +423,15 @@ def test_every_kind_of_image_is_read_upright_and_a_hot_pixel_does_not_count(tmp_
     image = Image.fromarray(pixels).convert(mode, dither=Image.Dither.NONE)
     if mode in ("I;16", "F"):
         image.putpixel((39, 29), 60_000)
-    for path, picture in (tmp_path / name, image), (tmp_path / "mask.png", Image.fromarray(grey > 99)):
-        picture.save(path, **{"exif": b"Exif\0\0" + exif} if exif else {})
+    image.save(tmp_path / name, **{"exif": b"Exif\0\0" + exif} if exif else {})
     rgba, grey = u.load_image(tmp_path / name), np.rot90(grey, -1 if exif == TURNED else 0)
     assert rgba.shape == (*grey.shape, 4) and rgba.dtype == np.uint8 and (rgba[..., 3] == 255).all()
     assert np.abs(rgba[..., :3] - grey[..., None]).max() <= tolerance and rgba.max() >= 254
-    assert np.array_equal(evaluator.load_mask(tmp_path / "mask.png", grey.shape), grey > 99)
-
-
-def test_transparent_pixels_get_the_mean_colour_and_a_long_text_is_read(tmp_path):
-    rgba, info = np.zeros((10, 20, 4), np.uint8), PngImagePlugin.PngInfo()
-    rgba[:, :10] = 90, 60, 30, 200
-    info.add_text("Comment", "x" * 2**21, zip=True)
-    Image.fromarray(rgba).save(tmp_path / "a.png", pnginfo=info)
-    assert (u.load_image(tmp_path / "a.png") == np.repeat([[[90, 60, 30, 255], [90, 60, 30, 0]]], 10, axis=1)).all()
-    with pytest.raises(ValueError, match="transparent everywhere"):
-        u.load_image(rgba[:, 10:])
 
 
 @pytest.mark.parametrize("stride", [8, 4, 2])
 def test_upsample_puts_every_patch_back_at_its_centre(stride):
-    view = view_of(np.zeros((64, 96, 3), np.uint8), stride=stride)
+    view = view_of(64, 96, stride)
     assert F.unfold(torch.zeros(1, 1, 64, 96), 8, stride=stride).shape[2] == math.prod(view.grid)
     values = u.upsample(torch.stack(torch.broadcast_tensors(*view.centres()), dim=2), stride)
     expected = np.mgrid[:64, :96].transpose(1, 2, 0) + 0.5  # a linear ramp stays one
@@ -531,20 +455,20 @@ def test_clean_mask_fills_holes_and_keeps_the_largest_pieces_not_the_background(
 
 @pytest.mark.parametrize("blur, similarity_weight", [(3.0, 0.0), (0.0, 16.0)])
 def test_the_soft_mask_is_the_solution_of_the_bilateral_solver_blurred(blur, similarity_weight):
-    rgb = lesion(96, 96)[0]
-    view = view_of(rgb, ellipse=(21, 19, 75, 67))
+    view = view_of(96, 96, ellipse=(21, 19, 75, 67))
     x = (view.inside_ellipse() + torch.rand(12, 12)).flatten() / 2
-    config = functools.partial(u.Config, similarity_weight=similarity_weight, bilateral_lambda=5)
-    raw, soft = (u.make_mask(view, torch.stack([1 - x, x], dim=1), torch.eye(144), torch.ones(144), c)["probability"]
-                 for c in (config(refine=False, mask_blur=0.0), config(mask_blur=blur)))  # fmt: skip
+    config = u.Config(mask_blur=blur, similarity_weight=similarity_weight, bilateral_lambda=5)
+    arguments = view, torch.stack([1 - x, x], dim=1), torch.eye(144), torch.ones(144)
+    raw_config = u.dataclasses.replace(config, refine=False, mask_blur=0.0)
+    raw, soft = (u.make_mask(*arguments, c)["probability"] for c in (raw_config, config))
     confidence = 2 * np.abs(np.log(raw / (1 - raw))) if similarity_weight else 0.999
-    expected = ndimage.gaussian_filter(bilateral.solve(raw, rgb, confidence, smoothness=5), blur)
+    expected = ndimage.gaussian_filter(bilateral.solve(raw, lesion(96, 96)[0], confidence, smoothness=5), blur)
     np.testing.assert_allclose(soft, expected.clip(0, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("prompt, radius", [("box", 1.1), ("point", 1.4), ("", 1.6)])
 def test_a_patch_is_judged_by_its_mean_similarity_to_object_and_background_and_by_its_position(prompt, radius):
-    view = view_of(np.zeros((80, 80, 3), np.uint8), ellipse=(20, 20, 60, 60), prompt=prompt)
+    view = view_of(80, 80, ellipse=(20, 20, 60, 60), prompt=prompt)
     f, weights, expected = F.normalize(torch.randn(100, 4), dim=1), torch.rand(100) + 0.1, torch.zeros(100)
     weights[7] = 0  # a node without edges
     x = (torch.rand(100) + view.inside_ellipse().flatten()) / 2
@@ -567,19 +491,6 @@ def test_masks_and_losses_on_cuda_where_steps_are_captured_agree_with_the_cpu():
     np.testing.assert_allclose(cpu.fit.losses[:9], cuda.fit.losses[:9], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("stride, clusters", [(8, 2), (4, 2), (8, 4), (8, 8)])
-def test_segment_finds_the_lesion_and_its_labels_are_read_back_as_written(tmp_path, photo, stride, clusters):
-    flags = ["--clusters", str(clusters), "--labels", "--size", "96", "--stride", str(stride)]
-    assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), *QUICK, *flags]) == 0
-    result, truth = segment(Image.open(photo), size=96, stride=stride, clusters=clusters, epochs=40), lesion()[1]
-    assert result.assignment.shape[2] == clusters and result.fit.modularity > 0.01
-    assert (result.mask.dtype, result.probability.dtype, result.labels.dtype) == (bool, np.float32, np.uint8)
-    assert iou(result.mask, truth) > (0.9 if clusters == 2 else 0.8)
-    assert result.probability[truth].mean() > 0.8 and result.probability[~truth].mean() < 0.1
-    assert np.array_equal(np.array(Image.open(tmp_path / "mask_labels.png")), result.labels)
-    assert set(np.unique(result.labels[result.mask])).isdisjoint(np.unique(result.labels[~result.mask]))
-
-
 def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     rgb, truth = lesion()
     both, left = np.hstack([rgb, rgb[:, ::-1]]), np.hstack([truth, truth & False])
@@ -594,16 +505,8 @@ def test_of_two_lesions_one_is_found_or_both_or_the_one_pointed_at_or_boxed():
     assert not boxed.probability.any() and not boxed.labels.any()  # nothing outside
 
 
-@pytest.mark.parametrize("loosen, kind", [(1, list), (1.5, np.int16), (2, torch.tensor), (9, np.float32)])
-def test_a_box_loose_or_tight_is_as_good_as_none_and_may_be_any_four_numbers(loosen, kind):
-    box = np.clip([58, 48, 58, 48] + loosen * np.array([-32, -27, 32, 27]), 0, [128, 96, 128, 96])
-    assert iou(segment(lesion()[0], box=kind(box), size=96).mask, lesion()[1]) > 0.9
-
-
-@pytest.mark.parametrize("prompt", [
-    dict(point=(128, 5)), dict(point=(math.nan, 5)), dict(point="5,5"), dict(point=(5,)), dict(point=[(5, 5), (9, 9)]),
-    dict(point=5), dict(point=(5, 5), box=(0, 0, 50, 50)), dict(box=(5, 5, 5, 9)), dict(box=(0, 0, 200, 50)),
-    dict(box=[]), dict(box=((0, 0), (50, 50))), dict(box=(0, 0, None, 50))], ids=str)  # fmt: skip
+@pytest.mark.parametrize("prompt", [dict(point=(math.nan, 5)), dict(point=5), dict(box=(5, 5, 5, 9)), dict(box=[]),
+                                    dict(box=(0, 0, 200, 50)), dict(point=(5, 5), box=(0, 0, 50, 50))])  # fmt: skip
 def test_a_prompt_that_cannot_be_is_refused_in_one_line(prompt):
     with pytest.raises(ValueError, match=r"inside the image, 128 x 96; got.*\Z"):
         segment(lesion()[0], **prompt)
@@ -611,10 +514,10 @@ def test_a_prompt_that_cannot_be_is_refused_in_one_line(prompt):
 
 def test_a_mask_does_not_depend_on_the_torch_of_the_caller(dino_files, request):
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    callers = torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")
+    autocast, meta = torch.autocast("cpu", torch.bfloat16), torch.device("meta")
     kwargs, masks = {"backbone": "dino", "weights": dino_files[0] / "full.pth", "device": "cpu"}, []
-    for caller in (contextlib.nullcontext(), *callers):
-        u.load_backbone.cache_clear()
+    for caller in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(), autocast, meta):
+        u.load_backbone.cache_clear()  # the weights are loaded in it too
         with caller:
             masks.append(u.segment(lesion()[0], u.Config(size=64, epochs=9), **kwargs).probability)
         assert np.array_equal(masks[-1], masks[0])
@@ -626,12 +529,13 @@ def test_a_backbone_of_ones_own_is_used_beside_the_colour():
     rgb, hidden = lesion()[0], disc(40, 90, 20, 96, 128)  # which the colours do not show
 
     def extract(view):
+        view.image.zero_()  # it gets a copy
         y, x = view.centres()
         return torch.eye(2)[hidden[y.long(), x.long()].flatten().astype(int)] + 0.1
 
     for image, colour in (rgb, 0), (np.full_like(rgb, 128), 0.7):  # without any contrast
         result = segment(image, extract, size=96, refine=False, colour=colour)
-        assert iou(result.mask, hidden) > 0.7 and result.backbone == "extract"
+        assert iou(result.mask, hidden) > 0.7 and result.backbone == "extract" and result.view.image.all()
 
 
 # README and command line ---------------------------------------------------------------------------------------
@@ -649,18 +553,10 @@ def test_the_python_of_the_readme_runs_and_its_flags_exist(tmp_path, monkeypatch
     assert segment(lesion()[0], backbone="resnet.py", epochs=5).features.shape[1] == 1024 + 4
     flags = {flag for parser in (u.build_parser(), evaluator.build_parser()) for flag in parser._option_string_actions}
     assert {*re.findall(r"--[a-z][a-z0-9-]+", text)} <= flags | {"--nproc-per-node"}
+    with pytest.raises(ValueError, match="epochs"):
+        u.Config(epochs=True)
     config = u.parse_args(u.build_parser(), ["a.png", "-o", "b.png", "--preset", "paper", "--mask-blur", "7"])[1]
     assert config == u.Config(**u.PRESETS["paper"] | {"mask_blur": 7.0})
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Four photographs and a broken file."""
-    (tmp_path / "in").mkdir()
-    for seed, name in enumerate(["0.png", "1.png", "2.JPG", "3.jfif"]):
-        Image.fromarray(lesion(seed=seed)[0]).save(tmp_path / "in" / name, quality=95)
-    (tmp_path / "in" / "2b.png").write_text("broken")
-    return tmp_path / "in"
 
 
 def contents(path):
@@ -672,35 +568,38 @@ def torchrun(*arguments):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
 
 
-def test_a_folder_with_all_outputs_and_failures_then_skipped_then_the_same_from_torchrun(folder, tmp_path, caplog,
-                                                                                         monkeypatch):  # fmt: skip
+def test_a_folder_with_all_outputs_and_failures_then_skipped_then_the_same_from_torchrun(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # alone it changes nothing
-    (folder / "dangling.png").symlink_to("nowhere")
-    for name in ("a.dcm", "photo.heic", ".hidden"):
+    (folder := tmp_path / "in").mkdir()
+    for seed, name in enumerate(["0.png", "1.png", "2.JPG"]):
+        Image.fromarray(lesion(seed=seed)[0]).save(folder / name, quality=95)
+    for name in ("1b.png", "a.dcm", ".hidden.png"):
         (folder / name).touch()
     out, extras = tmp_path / "out", ["--probability", "--labels", "--overlay", "--explain", "--box", "20,12,96,84.5"]
     arguments = [str(folder), *QUICK, *extras, "--shared-epochs", "3", "-o"]
     assert u.main([*arguments, str(out)]) == 1
-    names = {f"{s}{kind}.png" for s in "0123" for kind in ("", "_probability", "_labels", "_overlay", "_explain")}
-    before = contents(out)
-    assert before.keys() == names and caplog.messages[0].startswith(f"{folder}: 2 entries are skipped")
-    assert "2b.png: " in caplog.messages[1] and "dangling.png: " in caplog.messages[2]
-    assert len(caplog.messages) == 3
-    assert all(iou(np.array(Image.open(out / f"{name}.png")) > 0, lesion()[1]) > 0.9 for name in "0123")
-    assert Image.open(out / "0_overlay.png").size == Image.open(out / "0_labels.png").size == (128, 96)
+    kinds, before = ["", "_probability", "_labels", "_overlay", "_explain"], contents(out)
+    assert before.keys() == {f"{name}{kind}.png" for name in "012" for kind in kinds} and len(caplog.messages) == 2
+    assert caplog.messages[0].startswith(f"{folder}: 1 entries are skipped") and "1b.png: " in caplog.messages[1]
+    for name in "012":
+        mask, labels = (np.array(Image.open(out / f"{name}{kind}.png")) for kind in ("", "_labels"))
+        assert iou(mask > 0, lesion()[1]) > 0.9 and np.array_equal(labels, mask > 0)
+    assert Image.open(out / "0_overlay.png").size == (128, 96)
+    with mock.patch.object(Image.Image, "save", lambda _, path, **kwargs: path.write_bytes(b"half") / 0):
+        assert u.main([*arguments, str(out)]) == 1 and contents(out) == before
     (out / "1.png").unlink()
     (out / "2.png").write_text("kept")
     assert u.main([*arguments, str(out), "--skip-existing"]) == 1
     assert contents(out) == before | {"2.png": b"kept"}
     done = torchrun(HERE / "unsegmedgat.py", *arguments, tmp_path / "ranks")
-    assert done.returncode == 1 and "2b.png: it cannot be read" in done.stderr and len(done.stdout.splitlines()) == 4
+    assert done.returncode == 1 and "1b.png: it cannot be read" in done.stderr and len(done.stdout.splitlines()) == 3
     assert contents(tmp_path / "ranks") == before
 
 
 def test_an_interrupt_ends_in_one_line_and_leaves_whole_files(tmp_path, photo, request):
     os.mkfifo(tmp_path / "endless.png")  # it waits for what never comes
     command = [sys.executable, HERE / "unsegmedgat.py", photo, tmp_path / "endless.png", "-o", tmp_path / "out", *QUICK]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     request.addfinalizer(process.kill)
     assert process.stdout.readline().startswith("[1/2]")
@@ -709,39 +608,20 @@ def test_an_interrupt_ends_in_one_line_and_leaves_whole_files(tmp_path, photo, r
     assert process.returncode == 130 and [*contents(tmp_path / "out")] == ["photo.png"]
 
 
-def test_a_backbone_file_may_import_modules_beside_it_and_gets_a_copy_of_the_image(tmp_path):
-    (tmp_path / "beside.py").touch()
-    (tmp_path / "mine.py").write_text(BACKBONE + "; view.image.zero_(); return x")
-    assert iou(segment(lesion()[0], backbone=str(tmp_path / "mine.py")).mask, lesion()[1]) > 0.8
-
-
-BACKBONE = """
-import beside
-from torch.nn.functional import unfold
-
-def extract(view):
-    x = unfold(view.image[None], 8, stride=8)[0].T"""
-
-
+BACKBONE = "import beside\ndef extract(view): return view.image[0, 4::8, 4::8].reshape(-1, 1)"
 FRAMES = [Image.new("L", (9, 9), grey) for grey in (0, 99)]
 BAD_FILES = {  # the exit code, the flag that it is for, how it is made, and the message
-    "cut": (1, "", lambda path: path.write_bytes(path.with_name("photo.png").read_bytes()[:3000]), "is it damaged?"),
-    "DICOM": (1, "", lambda path: path.write_bytes(bytes(128) + b"DICM"), "DICOM, NIfTI and HEIC are not read"),
+    "cut": (1, "", lambda path: path.write_bytes(path.with_name("photo.png").read_bytes()[:3000]), "DICOM, NIfTI and"),
+    "absent": (1, "", lambda path: None, "No such file"),
     "animated": (1, "", lambda path: FRAMES[0].save(path, "GIF", save_all=True, append_images=FRAMES[1:]), "2 frames"),
     "large": (1, "", lambda path: path.write_text("P4 15000 12000 "), "exceeds limit"),  # a header
+    "transparent": (1, "", lambda path: Image.new("RGBA", (9, 9)).save(path, "PNG"), "transparent everywhere"),
     "no image": (2, "", lambda path: path.mkdir(), "0 images were found"),
-    "empty": (2, "--weights", lambda path: path.touch(), "no weights"),
-    "code": (2, "--weights", lambda path: path.write_bytes(b"cbuiltins\nprint\n(S'run'\ntR."), "more than tensors"),
-    "list": (2, "--weights", lambda path: torch.save([1, 2], path), "got <class 'list'>"),
+    "code": (2, "--weights", lambda path: path.write_bytes(b"cbuiltins\nprint\n(S'run'\ntR."), "load failed): "),
     "network": (2, "--weights", lambda path: torch.save({"conv1.weight": torch.zeros(6, 3)}, path), "cls_token"),
-    "rows": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; return x[1:]"), "(88,C), for 88"),
-    "nan": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; return x * float('nan')"), "finite"),
-    "error": (1, "--backbone", lambda path: path.write_text(BACKBONE + "; view.no"), "no attribute"),
-    "exit": (2, "--backbone", lambda path: path.write_text("raise SystemExit"), "SystemExit"),
+    "rows": (1, "--backbone", lambda path: path.write_text(BACKBONE + "[1:]"), "(88,C), for 88"),
+    "nan": (1, "--backbone", lambda path: path.write_text(BACKBONE + " * float('nan')"), "finite"),
     "no extract": (2, "--backbone", lambda path: path.write_text("x = 1"), "must define extract(view)"),
-    "absent": (1, "", lambda path: None, "No such file"),
-    "absent weights": (2, "--weights", lambda path: None, "No such file"),
-    "absent backbone": (2, "--backbone", lambda path: None, "No such file"),
 }
 
 
@@ -770,43 +650,25 @@ def test_a_constant_image_gets_an_empty_mask_and_a_word(tmp_path, caplog):
     [("{photo} -o {dir}/mask.jpg", "ends in .png"), ("{photo} -o {dir}/nowhere/mask.png", "no such folder"),
      ("{photo} -o {photo}", "overwrite an input"), ("{photo} {dir}/photo.jpg -o {dir}/out", "another output"),
      ("{photo} {photo} -o {dir}/mask.png", "a folder for several"), ("{photo} -o {dir}", "holds input images"),
-     ("{one} --point 9,9 --point 12,12", "only once"), ("{one} --box 1,2", "--box X0"),
-     ("{one} --backbone builtin --weights x.pth", "dino backbone"), ("{one} --backbone resnet", "backbone resnet: "),
-     *[(f"{{one}} --{flag}", flag.split()[0].replace("heads", "widths").replace("-", "[-_]")) for flag in (
-       "no-such", "widths a", "epochs 2.5", "stride 3", "point x,1", "preset x", "tau nan", "heads 3", "lr inf",
-       "widths 8.0", "shared-epochs 60", "activation tanh")]],
+     ("{one} --point 9,9 --point 12,12", "only once"), ("{one} --backbone builtin --weights x.pth", "dino backbone"),
+     ("{one} --tau nan", "tau must be"), ("{one} --clusters 1", "clusters must be"), ("{one} --lr inf", "lr must be"),
+     ("{one} --widths 8.0", "widths must be"), ("{one} --heads 3", "multiples of heads"),
+     ("{one} --shared-epochs 60", "below epochs")],
 )  # fmt: skip
-def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, photo, caplog, capsys, arguments, says):
-    content = photo.read_bytes()
-    try:
-        code = u.main(arguments.format(photo=photo, dir=tmp_path, one=f"{photo} -o {tmp_path}/mask.png").split())
-    except SystemExit as stop:  # argparse's
-        code = stop.code
-    messages = caplog.messages or capsys.readouterr().err.splitlines()[-1:]
-    assert code == 2 and len(messages) == 1 and re.search(says, messages[0]) and "\n" not in messages[0]
+def test_wrong_use_is_refused_in_one_line_before_anything_is_written(tmp_path, photo, caplog, arguments, says):
+    content, one = photo.read_bytes(), f"{photo} -o {tmp_path}/mask.png"
+    assert u.main(arguments.format(photo=photo, dir=tmp_path, one=one).split()) == 2
+    assert len(caplog.messages) == 1 and says in caplog.messages[0] and "\n" not in caplog.messages[0]
     assert photo.read_bytes() == content and [*tmp_path.iterdir()] == [photo]
 
 
-def test_all_images_are_done_whatever_the_terminal_cannot_show_or_nobody_reads(folder, tmp_path, monkeypatch):
-    (folder / "2b.png").unlink()
-    name = str((folder / "0.png").rename(folder / "\u03b1.png"))
+def test_all_images_are_done_whatever_the_terminal_cannot_show_or_nobody_reads(tmp_path, photo):
+    photos = [shutil.copy(photo, tmp_path / name) for name in ("\u03b1.png", "b.png")]
     read, write = os.pipe()
     os.close(read)  # as `| head -0`
-    command = [sys.executable, HERE / "unsegmedgat.py", folder, "-o", tmp_path / "out", *QUICK]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
-    assert done.returncode == 0 and done.stderr == b"" and len(contents(tmp_path / "out")) == 4
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    assert u.main([name, "-o", str(tmp_path / "mask.png"), *QUICK]) == 0
-    sys.stdout.flush()
-    assert b"\\u03b1.png -> " in sys.stdout.buffer.getvalue()
-
-
-def test_an_output_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, photo, caplog):
-    (tmp_path / "mask.png").write_bytes(b"an earlier result")
-    with mock.patch.object(Image.Image, "save", lambda _, path, **kwargs: path.write_bytes(b"half") / 0):
-        assert u.main([str(photo), "-o", str(tmp_path / "mask.png"), *QUICK]) == 1
-    assert contents(tmp_path) == {"mask.png": b"an earlier result", "photo.png": photo.read_bytes()}
-    assert len(caplog.messages) == 1 and "photo.png: division by zero" in caplog.messages[0]
+    command = [sys.executable, HERE / "unsegmedgat.py", *photos, "-o", tmp_path / "out", *QUICK]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == b"" and len(contents(tmp_path / "out")) == 2
 
 
 # Evaluator -----------------------------------------------------------------------------------------------------
@@ -981,7 +843,7 @@ def test_one_whole_run_with_every_method_and_output(score, tmp_path):
     ours, located = table["unsegmedgat"], table["located ellipse"]
     assert ours["mIoU"] > 80 and ours["NSD"] == 100 and table["DSM (published)"] == {"mIoU": 72.2, "Dice": 81.71}
     assert located["mIoU minus first row's"] == pytest.approx(located["mIoU"] - ours["mIoU"], abs=0.11)  # rounded
-    assert Image.open(tmp_path / "s.png").size == (924, 336)  # three images in a row
+    assert Image.open(tmp_path / "s.png").size == (996, 348)  # three images in a row
 
 
 def test_what_fails_counts_as_zero_and_is_named_and_the_rest_is_done(dataset, score, tmp_path, caplog):

@@ -21,12 +21,11 @@ import functools
 import logging
 import math
 import os
-import pickle
 import runpy
 import socket
 import sys
+import tempfile
 import threading
-import uuid
 import warnings
 from datetime import timedelta
 from numbers import Integral, Real
@@ -385,15 +384,14 @@ def decode_image(source):
 
 
 def load_image(source):
-    """Read any still image as RGBA: uint8 (height,width,4), turned upright by its EXIF orientation.
+    """Read a still image as RGBA: uint8 (height,width,4), turned upright by its EXIF orientation. Raises ValueError.
 
     source: a path, a PIL image, or an array that Pillow takes, as uint8 (height,width[,3 or 4]). Grey images of more
     than 8 bits are scaled by their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half
-    transparent, which get the mean colour of the others. Raises ValueError for what is not one still image, and for
-    one that is all transparent.
+    transparent, which get the mean colour of the others.
     """
     image = decode_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode[0] in "IF":  # 16 or 32 bits
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
         image = Image.fromarray(((grey - low) * (255 / max(high - low, 1e-12))).clip(0, 255).round().astype(np.uint8))
@@ -415,7 +413,7 @@ def resize_image(photo, size):
     return (F.interpolate(image, size=shape, mode="bilinear", antialias=True)[0] / 255).clamp(0, 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class View:
     """The photograph, or the surroundings of the user's box in it, resized: all that a backbone sees."""
 
@@ -463,11 +461,7 @@ def rgb_to_lab(image):
 
 
 def find_field_of_view(image):
-    """The cells of 8 px of an image (3,s,t) that can be object: (s/8,t/8), 1 or 0.
-
-    Others are dark frames, and what has another hue than the middle and stays near the border, as stickers and drapes.
-    The thresholds are tuned.
-    """
+    """Which cells of 8 px of an image (3,s,t) can be object: (s/8,t/8), 0 in dark frames, stickers, drapes, else 1."""
     brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()  # (h,w)
     hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
     y, x = (np.abs((np.arange(n) + 0.5) / n * 2 - 1) for n in brightness.shape)  # 0 in the middle, 1 at the border
@@ -479,6 +473,7 @@ def find_field_of_view(image):
         kept = [n for n in touching if n and (labels == n).mean() < 0.9 and distance[labels == n].mean() > min_distance]
         return np.isin(labels, kept)
 
+    # The thresholds are tuned. A sticker or drape has another hue than the middle, and stays near the border
     dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0)
     middle = (distance < 0.5) & ~dark if (~dark)[distance < 0.5].any() else distance < 0.5
     other_hue = np.hypot(*(hue - np.median(hue[:, middle], axis=1)[:, None, None])) > 36
@@ -490,8 +485,8 @@ def view_photograph(photo, config, box=None, point=None):
     height, width = photo.shape[:2]
     y0, x0, y1, x1 = box or (0, 0, height, width)
     dy, dx = (max(BOX_MARGIN, 0.3 * side) for side in (y1 - y0, x1 - x0))
-    top, left, bottom, right = (round(side) for side in (y0 - dy, x0 - dx, y1 + dy, x1 + dx))
-    crop = top, left, bottom, right = max(0, top), max(0, left), min(height, bottom), min(width, right)
+    top, left = max(0, round(y0 - dy)), max(0, round(x0 - dx))
+    bottom, right = min(height, round(y1 + dy)), min(width, round(x1 + dx))
     inside = np.zeros((height, width), bool)
     inside[round(y0) : round(y1), round(x0) : round(x1)] = True
     cells = find_field_of_view(resize_image(photo, config.size)[:3])  # of the whole photograph
@@ -506,7 +501,7 @@ def view_photograph(photo, config, box=None, point=None):
         raise ValueError(f"{field_of_view.numel():,} patches are over {MAX_NODES:,}: use a smaller --size")
     sy, sx = image.shape[1] / (bottom - top), image.shape[2] / (right - left)  # px of the image in one px
     search_area = (y0 - top) * sy, (x0 - left) * sx, (y1 - top) * sy, (x1 - left) * sx
-    return View(image[:3], config.stride, crop, opaque & inside, search_area, field_of_view)
+    return View(image[:3], config.stride, (top, left, bottom, right), opaque & inside, search_area, field_of_view)
 
 
 # Features: the keys of DINO's last block, or another backbone's ------------------------------------------------
@@ -549,8 +544,6 @@ class VisionTransformer(nn.Module):
     def keys(self, images, stride=PATCH):
         """The keys of the last block, all heads: (B,N,C), row-major. images: (B,3,s,t), normalised as for ImageNet."""
         proj = self.patch_embed["proj"]
-        if images.shape[2] % PATCH or images.shape[3] % PATCH:
-            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch, {PATCH}")
         x = F.conv2d(images, proj.weight, proj.bias, stride=stride)  # (B,C,h,w)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         position = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1,C,28,28)
@@ -571,24 +564,22 @@ def read_dino(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the full checkpoint's command line
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if "teacher" in state:  # which also has a head
-            backbone = [name for name in state["teacher"] if name.startswith("backbone.")]
-            state = {name.removeprefix("backbone."): state["teacher"][name] for name in backbone}
+        if "teacher" in state:  # the full checkpoint, also with a head
+            state = {name: state["teacher"][f"backbone.{name}"] for name in model.state_dict()}
         model.load_state_dict(state)
-    except Exception as error:  # of many kinds. torch's advice to load without weights_only is not passed on
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+    except Exception as error:  # of many kinds; in its second sentence torch advises to load without weights_only
+        reason = one_line(error).split(". ")[0]
         raise ValueError(f"{path}: these are no weights of DINO's ViT-S/8 ({reason}): download {DINO_URL}") from None
     return model.eval().requires_grad_(False)
 
 
 @standard_torch()
 def load_dino(weights=None, progress=True):
-    """ViT-S/8 from a file of weights (ValueError if they are others'), or from torch.hub's cache, into which it is
-    downloaded if missing or damaged (OSError if that fails, or has another SHA-256)."""
+    """ViT-S/8 from a file of weights (else ValueError), or torch.hub's cache, after a download if need be (OSError)."""
     if weights:
         return read_dino(weights)
     path, timeout = Path(torch.hub.get_dir()) / "checkpoints" / DINO_URL.split("/")[-1], socket.getdefaulttimeout()
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # it is missing or damaged
         return read_dino(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -628,8 +619,7 @@ def load_backbone(name="auto", weights=None, device="auto", progress=True):
         try:
             extract = runpy.run_path(name, run_name=Path(name).stem)["extract"]
         except (Exception, SystemExit) as error:  # whatever is wrong in it
-            reason = "it must define extract(view)" if error.args == ("extract",) else one_line(error)
-            raise ValueError(f"backbone {name}: {type(error).__name__}: {reason}") from error
+            raise ValueError(f"backbone {name}: {error!r}: the file must define extract(view)") from error
         extract.__name__ = name
         return extract
     try:
@@ -649,10 +639,8 @@ def load_backbone(name="auto", weights=None, device="auto", progress=True):
 
 
 def colour_features(lab, background):
-    """Lab colours of patches (N,3), minus their mean weighted by background (N,), as features (N,4) of norm 1.
-
-    Eq. (1) compares directions: a constant fourth feature keeps patches of nearly the background's colour similar.
-    """
+    """Lab colours of patches (N,3), minus their mean weighted by background (N,), as features (N,4) of norm 1."""
+    # Eq. (1) compares directions: a constant fourth feature keeps patches of nearly the background's colour similar
     return F.normalize(F.pad(lab - background @ lab / background.sum(), (0, 1), value=50), dim=1)
 
 
@@ -686,9 +674,9 @@ def remove_trend(features, view):
 
 
 def disc_contrasts(values, view, radii):
-    """The contrast of every disc to the ring around it, and to the background: (R,h,w) each, R radii in px.
+    """The distances of the means of values (C,h,w) in all discs, of R radii in px, to those around: (R,h,w) each.
 
-    A contrast is the distance of the means of values (C,h,w), that to the ring less at the field of view's border.
+    The first is to the ring around the disc, less at the border of the field of view, the second to the background.
     """
     background = background_weights(view)
     common = (values * background).sum((1, 2)) / background.sum().clamp(min=1e-6)
@@ -710,9 +698,8 @@ def disc_contrasts(values, view, radii):
 def find_disc(maps, view, point=None):
     """The disc that stands out from its surroundings, as the sides (y0, x0, y1, x1) of an ellipse, px.
 
-    First the salient point: the centre of the disc of the largest contrasts to its ring and to the background in all
-    maps (Itti, Koch and Niebur 1998; Achanta et al. 2009). Then the size: of the discs near it, or near the user's
-    point (y, x), the one with the largest contrast to its ring. Large discs and the middle of the area count more.
+    Its centre is near the user's point (y, x), or the most salient point: that of the largest contrasts to ring and
+    background in all maps (Itti, Koch and Niebur 1998; Achanta et al. 2009).
     """
     (cy, cx), (y, x), (y0, x0, y1, x1) = view.centres(), view.position_in(view.search_area), view.search_area
     inland = ((1 - y**4).clamp(min=0) * (1 - x**4).clamp(min=0)) ** 2  # an object seldom touches the border
@@ -737,25 +724,25 @@ def find_disc(maps, view, point=None):
 def box_is_tight(maps, view):
     """Whether the object fills the user's box; if not, it is somewhere inside.
 
-    It is loose if, in every map, the rim of the inscribed ellipse is similar to the outside: less than 0.2 of the way
-    to the middle. A map in which these two differ by less than one standard deviation takes the box as tight.
+    It is loose if in every map the middle differs from the outside, by over one standard deviation, but the rim of the
+    inscribed ellipse does not: it is less than 0.2 of the way to the middle.
     """
     y, x = view.position_in(view.search_area)
     distance, visible = torch.hypot(y, x), view.field_of_view > 0
     parts = distance <= 0.5, (distance > 0.7) & (distance <= 1), (y.abs() > 1) | (x.abs() > 1)
     for values in maps:
-        middle, rim, outside = (values[:, part & visible] for part in parts)
-        axis = F.normalize(middle.mean(1) - outside.mean(1), dim=0)  # NaN if the box is the whole image: it is loose
-        deviations = [axis @ (part - part.mean(1, keepdim=True)) for part in (middle, outside)]
-        variance = sum(deviation.square().mean() for deviation in deviations) / 2
-        inner, edge, outer = (axis @ part.mean(1) for part in (middle, rim, outside))
-        if inner - outer <= variance.sqrt() or edge - outer > 0.2 * (inner - outer):
+        middle, _, outside = (values[:, part & visible].mean(1) for part in parts)
+        along = torch.tensordot(F.normalize(middle - outside, dim=0), values, 1)  # (h,w), from outside to the middle
+        middle, rim, outside = (along[part & visible] for part in parts)
+        variance = sum((part - part.mean()).square().mean() for part in (middle, outside)) / 2
+        contrast = middle.mean() - outside.mean()  # NaN if the box is the whole image: it is loose
+        if contrast <= variance.sqrt() or rim.mean() - outside.mean() > 0.2 * contrast:
             return True
     return False
 
 
 def locate_object(view, deep, lab, colour_weight, box, point):
-    """The View with the object's ellipse, from features (N,C) and colours (N,3): the box if tight, else a disc."""
+    """Set the ellipse of the View, from features (N,C) and colours (N,3): the box if tight, else a disc."""
     maps = []
     colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
     for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
@@ -763,13 +750,14 @@ def locate_object(view, deep, lab, colour_weight, box, point):
             scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
             maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # (12,h,w)
     if box and box_is_tight(maps, view):
-        return dataclasses.replace(view, ellipse=view.search_area, prompt="box")
-    if not point:
-        return dataclasses.replace(view, ellipse=find_disc(maps, view))
-    y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.allowed.shape))  # px of the image
-    view = dataclasses.replace(view, ellipse=find_disc(maps, view, (y, x)), prompt="point")
-    inside = (view.distance_in_radii() <= 1).float()  # which is not excluded either
-    return dataclasses.replace(view, field_of_view=torch.maximum(view.field_of_view, inside))
+        view.ellipse, view.prompt = view.search_area, "box"
+    elif point:
+        y, x = (at * side / of for at, side, of in zip(point, view.image.shape[1:], view.allowed.shape))
+        view.ellipse, view.prompt = find_disc(maps, view, (y, x)), "point"
+        inside = (view.distance_in_radii() <= 1).float()  # what the user marks is never excluded
+        view.field_of_view = torch.maximum(view.field_of_view, inside)
+    else:
+        view.ellipse = find_disc(maps, view)
 
 
 def check_prompt(box, point, height, width):
@@ -797,17 +785,17 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
         deep = (builtin if config.colour == 1 else extract)(copy).to(device, torch.float32)
     if deep.ndim != 2 or len(deep) != n or not deep.isfinite().all():
         raise ValueError(f"the backbone must return finite features ({n},C), for {n} patches, got {(*deep.shape,)}")
-    deep, has_deep = F.normalize(deep, dim=1), deep.shape[1] > 0
+    deep, colour_weight = F.normalize(deep, dim=1), config.colour if deep.shape[1] else 1
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
-    view = locate_object(view, deep, lab, config.colour if has_deep else 1, box, point)
+    locate_object(view, deep, lab, colour_weight, box, point)
     distance, node_weights = view.distance_in_radii(), view.field_of_view
     if config.fade_radii:  # smaller weights are 0, as their products are denormal, which is slow on a CPU
         node_weights = node_weights * F.threshold(torch.exp(-((distance / config.fade_radii) ** 4) / 2), 1e-6, 0.0)
     # Again, as the ellipse now tells what is background
     colour = colour_features(lab, ((distance > 1) * view.field_of_view + 1e-3).flatten()).to(device)
-    if has_deep:  # joined, the cosine similarity is the weighted mean of those of both
-        colour = torch.cat([math.sqrt(1 - config.colour) * deep, math.sqrt(config.colour) * colour], dim=1)
-    return view, colour, node_weights.flatten().to(device)
+    # Joined so, the cosine similarity is the weighted mean of those of both
+    features = torch.cat([math.sqrt(1 - colour_weight) * deep, math.sqrt(colour_weight) * colour], dim=1)
+    return view, features, node_weights.flatten().to(device)
 
 
 # From the clusters to a mask -----------------------------------------------------------------------------------
@@ -817,9 +805,8 @@ def select_foreground(view, assignment, adjacency, node_weights, config):
     """Which clusters and patches are object: the assignment (N,K) in order, how many are background, and (N,) in [0,1].
 
     Foreground are the clusters more common inside the ellipse than in the whole graph, nodes counting by weight: our
-    rule. Their sum is the probability of each patch to be object, if similarity_weight is 0. Otherwise patches are
-    judged again, as modularity gives those between two clusters to the smaller one: their log-odds are the position
-    prior plus similarity_weight times the logarithm of (mean similarity to the foreground / to the background).
+    rule. Modularity gives patches between two clusters to the smaller one, so with similarity_weight they are judged
+    again: by their mean similarities to foreground and background, and their position.
     """
     inside = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
     shares = [weights @ assignment / weights.sum().clamp(min=1e-6) for weights in (inside, node_weights)]  # (K,) each
@@ -949,46 +936,40 @@ def captioned_grid(pictures, size, columns):
     from torchvision.transforms.functional import to_pil_image, to_tensor
     from torchvision.utils import make_grid
 
-    tiles = []
-    for caption, picture in pictures:
-        tile = Image.new("RGB", (size[0], size[1] + 24), "white")
-        tile.paste(picture.resize(size, Image.NEAREST), (0, 24))  # patches are shown as squares
-        ImageDraw.Draw(tile).text((2, 3), caption, "black", ImageFont.load_default(14))
-        tiles.append(to_tensor(tile))
-    return to_pil_image(make_grid(tiles, nrow=columns, padding=6, pad_value=1.0))
+    # By the nearest neighbour, as patches are squares. The captions are written into the padding
+    tiles = [to_tensor(picture.resize(size, Image.NEAREST)) for _, picture in pictures]
+    grid = to_pil_image(make_grid(tiles, nrow=columns, padding=24, pad_value=1.0))
+    for number, (caption, _) in enumerate(pictures):
+        corner = 24 + number % columns * (size[0] + 24), 4 + number // columns * (size[1] + 24)
+        ImageDraw.Draw(grid).text(corner, caption, "black", ImageFont.load_default(14))
+    return grid
 
 
 def explain(result, config):
     """The stages of a Segmentation side by side: a PIL image. The blue patch is the surest one of the object."""
-    from torchvision.transforms.functional import to_pil_image
-
-    view, (y0, x0, y1, x1), object_share = result.view, result.view.ellipse, result.assignment[..., -1].ravel()
+    view, object_share = result.view, result.assignment[..., -1].ravel()
     adjacency = build_graph(result.features, config.tau, result.node_weights)
     node = int((object_share * result.node_weights.cpu().numpy()).argmax())
     with torch.no_grad():
         layer = result.fit.network.series[0][0]
         _, score_dst, score_src = layer.project(centre_and_scale(result.features, adjacency))
         alpha = attention_weights(score_dst[:, node : node + 1], score_src, adjacency[node : node + 1])  # (H,1,N)
-    located = to_pil_image(view.image)
+    components = pca(result.features.cpu(), 3).numpy()
+    maps = [(components - components.min(0)) / np.ptp(components, axis=0).clip(min=1e-6)]  # (N,3) in [0,1] each
+    for values in (adjacency[node].cpu().numpy(), alpha.mean((0, 1)).cpu().numpy(), object_share):
+        share = values[:, None] / max(values.max(), 1e-12)
+        maps.append((3 * share - np.arange(3)).clip(0, 1))  # from black for 0 over red and yellow to white
+    maps[1][node] = maps[2][node] = 0, 0.63, 1
+    located = Image.fromarray((view.image.permute(1, 2, 0) * 255).byte().numpy())
+    y0, x0, y1, x1 = view.ellipse
     ImageDraw.Draw(located).ellipse((x0, y0, x1, y1), outline=PALETTE[1], width=3)
-    components = F.pad(pca(result.features.cpu(), 3), (0, 3))[:, :3].numpy()
-    colours = [(components - components.min(0)) / np.ptp(components, axis=0).clip(min=1e-6)]  # (N,3) in [0,1] each
-    for values in (adjacency[node].cpu().numpy(), alpha.mean(0)[0].cpu().numpy(), object_share):
-        share = values[:, None] / max(values.max(), 1e-12)  # from black for 0 over red and yellow to white
-        colours.append((3 * share - np.arange(3)).clip(0, 1))
-    maps = [Image.fromarray((values.reshape(*view.grid, 3) * 255).astype(np.uint8)) for values in colours]
-    for panel in maps[1:3]:
-        panel.putpixel((node % view.grid[1], node // view.grid[1]), (0, 160, 255))
     y0, x0, y1, x1 = view.crop
-    pictures = {
-        "1  where the object is, roughly": located,
-        f"2  features ({Path(result.backbone).name}), PCA": maps[0],
-        "3  graph: edges of the blue patch": maps[1],
-        "4  its attention, first layer": maps[2],
-        "5  soft assignment": maps[3],
-        "6  mask": overlay(result.image[y0:y1, x0:x1], result.mask[y0:y1, x0:x1]).resize(located.size),
-    }
-    return captioned_grid(pictures.items(), located.size, columns=3)
+    segmented = overlay(result.image, result.mask).crop((x0, y0, x1, y1)).resize(located.size)
+    pictures = [Image.fromarray((values.reshape(*view.grid, 3) * 255).astype(np.uint8)) for values in maps]
+    captions = ["1  where the object is, roughly", f"2  features ({Path(result.backbone).name}), PCA",
+                "3  graph: edges of the blue patch", "4  its attention, first layer", "5  soft assignment",
+                "6  mask"]  # fmt: skip
+    return captioned_grid([*zip(captions, [located, *pictures, segmented])], located.size, columns=3)
 
 
 # Command line --------------------------------------------------------------------------------------------------
@@ -1041,7 +1022,7 @@ def build_parser():
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="images, or folders of images")
     add("-o", "--output", type=Path, required=True, help="the mask, a .png file, for one image; a folder for several")
-    prompt = {"type": parse_numbers, "action": "append", "default": []}
+    prompt = {"type": parse_numbers, "action": "extend", "default": []}
     add("--point", metavar="X,Y", help="px, near the middle of the object", **prompt)
     add("--box", metavar="X0,Y0,X1,Y1", help="px, a rectangle around the object, tight or loose", **prompt)
     for kind in [*OUTPUTS][1:]:
@@ -1060,23 +1041,21 @@ def plan_outputs(args):
     """Pairs (image, {kind: output path}). Raises ValueError if two outputs share a path, or one overwrites an input."""
     images, output, plan = [], args.output, []
     for path in args.images:
-        entries = sorted(path.glob("[!.]*")) if path.is_dir() else []
-        found = [entry for entry in entries if is_image(entry)] if path.is_dir() else [path]
+        entries = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+        found = list(filter(is_image, entries)) if path.is_dir() else [path]
         if len(found) < len(entries):
             log.warning("%s: %d entries are skipped, as they are no images", path, len(entries) - len(found))
         images += found
-    single = output.suffix.lower() == ".png" and not output.is_dir()
-    if not images or single and len(images) > 1:
-        raise ValueError(f"{len(images)} images were found: -o needs a .png file for one, a folder for several")
-    if output.suffix and not single and not output.is_dir():
-        raise ValueError(f"{output}: a mask's name ends in .png; to use a folder of that name, create it first")
+    is_folder = output.is_dir() or not output.suffix
+    if not images or not is_folder and (len(images) > 1 or output.suffix.lower() != ".png"):
+        raise ValueError(f"{output}: {len(images)} images were found; -o ends in .png for one, is a folder for several")
     if not os.access(output if output.is_dir() else output.parent, os.W_OK):
         raise ValueError(f"{output}: there is no such folder, or no permission to write there")
     taken = {os.path.realpath(image) for image in images}
     if os.path.realpath(output) in map(os.path.dirname, taken):
         raise ValueError(f"{output}: holds input images; choose another folder for the masks")
     for image in images:
-        mask = output if single else output / f"{image.stem}.png"
+        mask = output / f"{image.stem}.png" if is_folder else output
         extras = [kind for kind in OUTPUTS if getattr(args, kind, False)]
         outputs = {"mask": mask} | {kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in extras}
         for path in outputs.values():
@@ -1089,13 +1068,11 @@ def plan_outputs(args):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a path in the same folder to write to, then rename it to `path`, which appears whole or not at all."""
-    part = path.with_name(f".{uuid.uuid4().hex}.part")  # of its own, as two runs may write into one folder
-    try:
+    """Yield a path to write a file to, then move this to `path`, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        part = Path(folder) / "part"  # a name that no program takes for an image
         yield part
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def print_line(text):
@@ -1114,10 +1091,9 @@ def rank_and_world():
 
 def segment_all(args, config):
     """Segment the images of parsed arguments; returns the exit code. Raises ValueError or OSError for wrong use."""
-    prompts = [("point", 2, point) for point in args.point] + [("box", 4, box) for box in args.box]
-    if len(prompts) > 1 or any(len(numbers) != count for _, count, numbers in prompts):
+    if (len(args.point), len(args.box)) not in ((0, 0), (2, 0), (0, 4)):
         raise ValueError("one object is segmented: give --point X,Y or --box X0,Y0,X1,Y1, and only once")
-    prompt = {name: numbers for name, _, numbers in prompts}
+    prompt = {"point": args.point or None, "box": args.box or None}
     plan, (rank, world), device = plan_outputs(args), rank_and_world(), pick_device(args.device)
     backbone, shared, code = load_backbone(args.backbone, args.weights, device, not args.quiet), None, 0
     plan[0][1]["mask"].parent.mkdir(exist_ok=True)
@@ -1133,14 +1109,12 @@ def segment_all(args, config):
             for kind, path in outputs.items():
                 with atomic_write(path) as part:
                     OUTPUTS[kind][1](result, config).save(part, format="PNG")
+            if not args.quiet:
+                text = f"foreground {result.mask.mean():.1%}, modularity {result.fit.modularity:.3f}"
+                print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {text}, backbone {result.backbone}")
         except Exception as error:  # whatever happens to one image, the others are done
             log.error("%s: %s", image, one_line(error))
             code = 1
-            continue
-        if not args.quiet:
-            share, q, name = result.mask.mean(), result.fit.modularity, result.backbone
-            line = f"foreground {share:.1%}, modularity {q:.3f}, backbone {name}"
-            print_line(f"[{number}/{len(plan)}] {image} -> {outputs['mask']}  {line}")
     if world > 1:
         distributed.barrier()  # as torchrun ends all ranks when one has failed
     return code
