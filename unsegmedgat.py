@@ -806,7 +806,8 @@ def select_foreground(view, assignment, adjacency, node_weights, config):
 
     Foreground are the clusters more common inside the ellipse than in the whole graph, nodes counting by weight: our
     rule. Modularity gives patches between two clusters to the smaller one, so with similarity_weight they are judged
-    again: by their mean similarities to foreground and background, and their position.
+    again: their log-odds are the position prior plus similarity_weight times the logarithm of the ratio of their mean
+    similarities to the foreground and to the background.
     """
     inside = view.inside_ellipse().flatten().to(node_weights) * node_weights  # (N,)
     shares = [weights @ assignment / weights.sum().clamp(min=1e-6) for weights in (inside, node_weights)]  # (K,) each
