@@ -275,6 +275,7 @@ def test_what_features_say_of_the_position_in_the_frame_is_taken_out_and_an_obje
     view = view_of()
     y, x = (side.expand(28, 37).flatten() for side in view.position_in((0, 0, 224, 296)))
     trend = torch.stack([3 + x - 2 * y, x * x - x * y, 5 * y * y], dim=1)
+    assert u.remove_trend(trend, view).abs().max() < 0.05
     spot = torch.from_numpy(disc(14, 18, 5)).flatten()[:, None] * torch.eye(3)[0]
     left = u.remove_trend(trend + spot, view)[:, 0]
     assert left[spot[:, 0] > 0].mean() > 0.9 and left[spot[:, 0] == 0].abs().mean() < 0.05
@@ -620,7 +621,7 @@ BAD_FILES = {  # the exit code, the flag that it is for, how it is made, and the
     "code": (2, "--weights", lambda path: path.write_bytes(b"cbuiltins\nprint\n(S'run'\ntR."), "load failed): "),
     "network": (2, "--weights", lambda path: torch.save({"conv1.weight": torch.zeros(6, 3)}, path), "cls_token"),
     "rows": (1, "--backbone", lambda path: path.write_text(BACKBONE + "[1:]"), "(88,C), for 88"),
-    "nan": (1, "--backbone", lambda path: path.write_text(BACKBONE + " * float('nan')"), "finite"),
+    "nan": (1, "--backbone", lambda path: path.write_text(BACKBONE + " * float('nan')"), "must return finite"),
     "no extract": (2, "--backbone", lambda path: path.write_text("x = 1"), "must define extract(view)"),
 }
 
