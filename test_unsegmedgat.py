@@ -402,12 +402,14 @@ def test_bilateral_solution_against_a_dense_solve_in_any_unit_and_a_warning_wher
         bilateral.solve(target, guide, confidence, iterations=2, tolerance=1e-12)
 
 
-def test_bilateral_keys_do_not_collide_at_the_largest_sizes_and_are_refused_beyond():
+def test_bilateral_keys_do_not_collide_at_the_largest_sizes_and_need_no_torch():
     guide = np.zeros((2, 70_000, 3), np.uint8)
     guide[0, :, 0], guide[1, :, 2] = 255, 255
     assert bilateral.BilateralGrid(guide, 1, 1, 1).vertices == 140_000
     with pytest.raises(ValueError, match="use larger sigmas"):
         bilateral.BilateralGrid(guide, 1e-9, 1, 1)
+    without_torch = "import sys; sys.modules['torch'] = None; import bilateral"
+    subprocess.run([sys.executable, "-c", without_torch], check=True, cwd=HERE)
 
 
 TURNED = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # orientation 6
