@@ -5,7 +5,7 @@
     python eval.py images/ masks/ --protocol official --preset official --reference isic2018      # as Table I was made
     python eval.py images/ masks/ --csv scores.csv --resume     # continue an interrupted run
     torchrun --nproc-per-node=8 eval.py images/ masks/          # on several cores, GPUs or machines
-    python eval.py bench                                        # time every stage; needs no images
+    python eval.py bench                                        # time the network, mask and solver
 
 All clusterings get the same graph, and the same steps make masks of their clusters, so rows differ in the clustering
 alone. The row unsegmedgat is what the program makes. Ground truth is used in this file only.
@@ -195,7 +195,8 @@ def metrics(mask, truth, tolerance=2.0):
     hd95: 95th percentile of the distances from the border pixels of either mask to the border of the other, in % of the
         image's diagonal. A border pixel has a 4-neighbour outside the mask or the image.
     nsd: normalised surface Dice (Nikolov et al. 2021), the share of all border pixels that are within the tolerance of
-        the other border, in [0,1]. tolerance: in % of the diagonal.
+        the other border, in [0,1].
+    tolerance: in % of the diagonal.
     Where one of the masks is empty the scores are 0, and 100 for hd95; where both are, they are perfect.
     """
     if not (mask.any() and truth.any()):
@@ -296,7 +297,7 @@ def load_mask(path, shape):
 
 
 def inexact(prompt, loosen, jitter, shape, seed):
-    """A point or box in px as a user may give it: a box scaled about its centre, all moved by up to `jitter` px."""
+    """A point or box as a user may give it: a box scaled about its centre, each number moved by up to `jitter` px."""
     corners = np.array(prompt, float).reshape(-1, 2)  # two of a box, or the point
     corners = np.rint(corners.mean(0) + loosen * (corners - corners.mean(0))).astype(int)
     corners += np.random.default_rng(seed).integers(-jitter, jitter + 1, size=corners.shape)
@@ -483,7 +484,7 @@ PRESETS = u.PRESETS | {"official": u.PRESETS["paper"] | OFFICIAL}
 def build_parser():
     """The parser of the command line."""
     protocols = "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
-    epilog = f"Protocols: {protocols}. `eval.py bench` times every stage. Exit code: as of unsegmedgat.py."
+    epilog = f"Protocols: {protocols}. `eval.py bench` times network, mask and solver. Exit code: as of unsegmedgat.py."
     parser = argparse.ArgumentParser("eval.py", description=__doc__.partition("\n")[0], epilog=epilog)
     add = parser.add_argument
     add("images", type=Path, help="a folder of images")
@@ -516,12 +517,15 @@ def check_args(args):
     for wrong, message in (
         ({*args.methods} - {*METHODS}, f"--methods: choose from {', '.join(METHODS)}"),
         (len(names - taken) < len(args.predictions), "--predictions needs NAME=FOLDER, with a name that no row has"),
-        (args.jitter and not with_prompt, "--jitter needs --protocol point or box"),
-        (args.loosen != 1 and args.protocol != "box", "--loosen needs --protocol box"),
+        (args.jitter < 0 or args.jitter and not with_prompt, "--jitter needs --protocol point or box, and at least 0"),
+        (not 0 < args.loosen < 1e9 or args.loosen != 1 and args.protocol != "box",
+         "--loosen needs --protocol box, and a number above 0"),
         (args.squash and with_prompt, "--squash distorts the point or box: add --no-squash"),
         (args.limit is not None and args.limit < 1, "--limit must be at least 1"),
+        (not 0 <= args.tolerance <= 100, "--tolerance must be from 0 to 100"),
+        (args.sheet and args.sheet.suffix.lower() != ".png", "--sheet must end in .png"),
         (args.resume and not args.csv, "--resume needs the --csv FILE to continue"),
-    ):
+    ):  # fmt: skip
         if wrong:
             raise ValueError(message)
     for path in (args.csv, args.sheet):
@@ -609,26 +613,22 @@ def synthetic_photograph(side):
 
 
 def bench_line(config):
-    """The times of an epoch, a fit and a mask on one image, and the peak memory of this process, in a line."""
-    import resource  # not on Windows
-
+    """The times of an epoch, a fit and a mask on one image, in a line."""
     photo, device = u.load_image(synthetic_photograph(config.size)), u.pick_device("auto")
     view, features, node_weights = u.extract_nodes(photo, config, u.builtin, device)
     adjacency = u.build_graph(features, config.tau, node_weights)
     fitted = u.fit(features, adjacency, config)
     fit = timeit.timeit(lambda: u.fit(features, adjacency, config), number=1)  # s, the second one
     mask = timeit.timeit(lambda: u.make_mask(view, fitted.assignment, adjacency, node_weights, config), number=1)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
-    memory = torch.cuda.max_memory_allocated() / 2**30 or host
     times = f"epoch {1e3 * fit / len(fitted.losses):.1f} ms, fit {fit:.2f} s, mask {1e3 * mask:.0f} ms"
-    return f"{len(features):,} patches: {times}, peak memory {memory:.1f} GiB"
+    return f"{len(features):,} patches: {times}"
 
 
 def bench():
-    """`python eval.py bench`: print the cost of every stage on this machine. Returns the exit code."""
+    """`python eval.py bench`: time the network, a mask and the solver on this machine. Returns the exit code."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     u.print_line(f"{name}, torch {torch.__version__}")
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each has its own peak memory
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each size starts fresh
         for line in pool.imap(bench_line, [u.Config(), u.Config(stride=4)]):
             u.print_line(line)
     for megapixels in (1, 3, 12):

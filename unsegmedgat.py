@@ -11,7 +11,7 @@ optimised on that image alone, without labels, until the clusters that it assign
 First comes the paper, equations (1) to (8) in their order; then what leads from a photograph to a mask.
 Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
 image is (3,s,t), with the paper's s and t; a photograph is (height,width,3), with an alpha channel (height,width,4).
-Coordinates are (y, x) px, but in the box and the point that the user gives.
+Coordinates are (y, x) px; only the box and the point that the user gives are (x, y).
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Config:
             valid = all(isinstance(n, number) and (n in choices if choices else low <= n <= high) for n in items)
             # A bool is an Integral too
             if not (valid and items and all(isinstance(value, t) == (kind is t) for t in (tuple, bool))):
-                raise ValueError(f"{field.name} must be {choices or f'from {low:g} to {high:g}'}, got {value!r}")
+                raise ValueError(f"{field.name} must be {choices or f'from {low:.10g} to {high:.10g}'}, got {value!r}")
         if any(width % self.heads for width in self.widths):
             raise ValueError(f"widths must be multiples of heads, {self.heads}, got {self.widths}")
         if self.shared_epochs >= self.epochs:
@@ -196,7 +196,7 @@ class UnSegMedGAT(nn.Module):
         self.fc_out = nn.Linear(config.fc_dim, config.clusters)
 
     def forward(self, features, adjacency):
-        """X (N,C), adjacency (N,N) -> C (N,K), rows summing to 1. As edges alone count, A does for the paper's A^."""
+        """X (N,C), adjacency (N,N) -> C (N,K), rows summing to 1. Only edges count, so A serves as the paper's A^."""
         total = 0
         for layers, fc in zip(self.series, self.fc_branch):
             h = features
@@ -368,18 +368,19 @@ def one_line(error):
 
 
 def decode_image(source):
-    """A path or PIL image as a decoded PIL image, turned upright by its EXIF orientation. Raises ValueError."""
+    """A path, PIL image or array as a decoded PIL image, turned upright by its EXIF orientation. Raises ValueError."""
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some ICC profiles exceed Pillow's 1 MiB
     try:
-        image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
-            raise ValueError(f"it holds {image.n_frames} frames, save one as a still image")
+        source = Image.fromarray(source) if isinstance(source, np.ndarray) else source
+        image = source if isinstance(source, Image.Image) else Image.open(source)
         image.load()
     except Exception as error:  # Pillow's decoders raise many kinds on a damaged file
         hint = f"{one_line(error)} (is it damaged? DICOM, NIfTI and HEIC are not read)"
         raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or hint}") from None
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a phone's photo and its preview
+        raise ValueError(f"it holds {image.n_frames} frames: save one as a still image")
     with contextlib.suppress(Exception):  # of many kinds, for bytes that are not EXIF
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)
     return image
 
 
@@ -390,7 +391,7 @@ def load_image(source):
     than 8 bits are scaled by their 0.1 and 99.9 percentiles. Alpha becomes 255, or 0 for pixels more than half
     transparent, which get the mean colour of the others.
     """
-    image = decode_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source)
+    image = decode_image(source)
     if image.mode[0] in "IF":  # 16 or 32 bits
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         low, high = np.percentile(grey, (0.1, 99.9))  # a single hot pixel would leave the rest black
@@ -424,7 +425,7 @@ class View:
     search_area: tuple  # (y0, x0, y1, x1) px of the image: the user's box, or the whole image
     field_of_view: torch.Tensor  # (h,w), 1 for the patches that can be object, else 0
     ellipse: tuple = None  # (y0, x0, y1, x1) px of the image, the sides of the ellipse where the object is, roughly
-    prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for the image alone
+    prompt: str = ""  # what the ellipse was taken from: "box", "point", or "" for a disc found without either
 
     @property
     def grid(self):
@@ -462,12 +463,12 @@ def rgb_to_lab(image):
 
 def find_field_of_view(image):
     """Which cells of 8 px of an image (3,s,t) can be object: (s/8,t/8), 0 in dark frames, stickers, drapes, else 1."""
-    brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()  # (h,w)
-    hue = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,h,w)
+    brightness = F.avg_pool2d(image.amax(0)[None], PATCH)[0].numpy()  # (s/8,t/8)
+    chroma = F.avg_pool2d(rgb_to_lab(image)[1:], PATCH).numpy()  # (2,s/8,t/8)
     y, x = (np.abs((np.arange(n) + 0.5) / n * 2 - 1) for n in brightness.shape)  # 0 in the middle, 1 at the border
     distance = np.maximum.outer(y, x)
 
-    def border_components(cells, min_distance):  # regions at the border, under 90 % of the image, at this mean distance
+    def border_components(cells, min_distance):  # that touch the border, cover under 90 %, and are farther out
         labels, _ = ndimage.label(cells)
         touching = np.unique([*labels[0], *labels[-1], *labels[:, 0], *labels[:, -1]])
         kept = [n for n in touching if n and (labels == n).mean() < 0.9 and distance[labels == n].mean() > min_distance]
@@ -476,29 +477,32 @@ def find_field_of_view(image):
     # The thresholds are tuned. A sticker or drape has another hue than the middle, and stays near the border
     dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0)
     middle = (distance < 0.5) & ~dark if (~dark)[distance < 0.5].any() else distance < 0.5
-    other_hue = np.hypot(*(hue - np.median(hue[:, middle], axis=1)[:, None, None])) > 36
+    other_hue = np.hypot(*(chroma - np.median(chroma[:, middle], axis=1)[:, None, None])) > 36
     return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6))).float()
 
 
 def view_photograph(photo, config, box=None, point=None):
-    """The View of a photograph (height,width,4) uint8, or of the surroundings of a box (y0, x0, y1, x1) in it."""
+    """The View of a photograph (height,width,4) uint8, or of the surroundings of a box (y0, x0, y1, x1) in it.
+
+    Nothing in the box is excluded as frame or sticker, and nothing at all if the point (y, x) lies on one.
+    """
     height, width = photo.shape[:2]
     y0, x0, y1, x1 = box or (0, 0, height, width)
     dy, dx = (max(BOX_MARGIN, 0.3 * side) for side in (y1 - y0, x1 - x0))
     top, left = max(0, round(y0 - dy)), max(0, round(x0 - dx))
     bottom, right = min(height, round(y1 + dy)), min(width, round(x1 + dx))
+    if config.size**2 * min(4, max(height / width, width / height)) > MAX_NODES * config.stride**2:
+        raise ValueError(f"there are over {MAX_NODES:,} patches: use a smaller --size, or a larger --stride")
     inside = np.zeros((height, width), bool)
     inside[round(y0) : round(y1), round(x0) : round(x1)] = True
     cells = find_field_of_view(resize_image(photo, config.size)[:3])  # of the whole photograph
     seen = F.interpolate(cells[None, None], (height, width))[0, 0].numpy() > 0  # (height,width)
-    if box or point and not seen[int(point[0]), int(point[1])]:  # what the user marks is never excluded
+    if box or (point and not seen[int(point[0]), int(point[1])]):
         seen |= inside
     opaque = photo[..., 3] > 0
     photo = np.dstack([photo[..., :3], (seen & opaque) * np.uint8(255)])[top:bottom, left:right]
     image = resize_image(photo, config.size)  # (4,s,t)
     field_of_view = (F.avg_pool2d(image[3:], PATCH, config.stride)[0] >= 0.5).float()  # (h,w)
-    if field_of_view.numel() > MAX_NODES:
-        raise ValueError(f"{field_of_view.numel():,} patches are over {MAX_NODES:,}: use a smaller --size")
     sy, sx = image.shape[1] / (bottom - top), image.shape[2] / (right - left)  # px of the image in one px
     search_area = (y0 - top) * sy, (x0 - left) * sx, (y1 - top) * sy, (x1 - left) * sx
     return View(image[:3], config.stride, (top, left, bottom, right), opaque & inside, search_area, field_of_view)
@@ -593,7 +597,7 @@ def load_dino(weights=None, progress=True):
 
 
 def pick_device(device):
-    """A torch.device; "auto" is the current CUDA device, else the CPU. Raises RuntimeError for one that is missing."""
+    """A torch.device; "auto" is the current CUDA device, else the CPU. RuntimeError, AssertionError: there is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.zeros(0, device=device).device  # with the index of the current one
@@ -617,10 +621,10 @@ def load_backbone(name="auto", weights=None, device="auto", progress=True):
             return builtin
         sys.path.append(str(Path(name).parent.resolve()))  # for modules beside the file
         try:
-            extract = runpy.run_path(name, run_name=Path(name).stem)["extract"]
+            extract = runpy.run_path(str(name), run_name=Path(name).stem)["extract"]
+            extract.__name__ = str(name)
         except (Exception, SystemExit) as error:  # whatever is wrong in it
             raise ValueError(f"backbone {name}: {error!r}: the file must define extract(view)") from error
-        extract.__name__ = name
         return extract
     try:
         model = load_dino(weights, progress).to(pick_device(device))
@@ -742,13 +746,13 @@ def box_is_tight(maps, view):
 
 
 def locate_object(view, deep, lab, colour_weight, box, point):
-    """Set the ellipse of the View, from features (N,C) and colours (N,3): the box if tight, else a disc."""
+    """Set the ellipse of the View, from the backbone's features (N,C) and Lab (N,3): the box if tight, else a disc."""
     maps = []
     colour = colour_features(lab, background_weights(view).flatten() + 1e-3)
     for features, weight in ((remove_trend(deep.cpu(), view), 1 - colour_weight), (colour, colour_weight)):
         if weight:  # weighted as in `extract_nodes`; 12 components nearly keep the distances
             scale = (weight / features.var(0, correction=0).sum().clamp(min=1e-24)).sqrt()
-            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # (12,h,w)
+            maps.append((pca(features, 12) * scale).T.unflatten(1, view.grid))  # (12,h,w), or fewer
     if box and box_is_tight(maps, view):
         view.ellipse, view.prompt = view.search_area, "box"
     elif point:
@@ -780,11 +784,14 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     if box is not None or point is not None:
         box, point = check_prompt(box, point, *photo.shape[:2])
     view = view_photograph(photo, config, box, point)
-    copy, n = dataclasses.replace(view, image=view.image.clone()), math.prod(view.grid)  # as it may be changed in place
-    with torch.no_grad():
-        deep = (builtin if config.colour == 1 else extract)(copy).to(device, torch.float32)
-    if deep.ndim != 2 or len(deep) != n or not deep.isfinite().all():
-        raise ValueError(f"the backbone must return finite features ({n},C), for {n} patches, got {(*deep.shape,)}")
+    copy, n = dataclasses.replace(view, image=view.image.clone()), math.prod(view.grid)  # an image is changed in place
+    try:
+        with torch.no_grad():
+            deep = (builtin if config.colour == 1 else extract)(copy).detach().to(device, torch.float32)
+        if deep.ndim != 2 or len(deep) != n or not deep.isfinite().all():
+            raise ValueError(f"it must return finite features ({n},C), for {n} patches, got {(*deep.shape,)}")
+    except Exception as error:
+        raise ValueError(f"backbone {getattr(extract, '__name__', 'extract')}: {error!r}") from error
     deep, colour_weight = F.normalize(deep, dim=1), config.colour if deep.shape[1] else 1
     lab = F.avg_pool2d(rgb_to_lab(view.image), PATCH, view.stride).flatten(1).T  # (N,3)
     locate_object(view, deep, lab, colour_weight, box, point)
@@ -856,7 +863,7 @@ def make_mask(view, assignment, adjacency, node_weights, config):
     maps[..., 0] = ndimage.gaussian_filter(soft, config.mask_blur)
     y0, x0, y1, x1 = view.crop
     maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
-    maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,*crop)
+    maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,y1-y0,x1-x0)
     probability, labels = np.zeros(view.allowed.shape, np.float32), np.zeros(view.allowed.shape, np.uint8)
     probability[y0:y1, x0:x1] = maps[0].clip(0, 1)
     probability *= view.allowed
@@ -892,7 +899,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     box: (x0, y0, x1, y1) px, ends excluded, around the object, tight or loose. point: (x, y) px, near its middle.
     backbone: a name (see `load_backbone`, also for weights), a Python file or a function. device: see `pick_device`.
     shared: a state_dict from `fit_collective`; without it config.shared_epochs has no effect.
-    Raises ValueError for an image that cannot be segmented, else ValueError or OSError for what cannot be used.
+    Raises ValueError for an image, a prompt or a backbone that cannot be used, OSError if weights cannot be had.
     """
     device = pick_device(device)
     extract = backbone if callable(backbone) else load_backbone(backbone, weights, device)
@@ -903,7 +910,7 @@ def segment(image, config=Config(), *, box=None, point=None, backbone="auto", we
     maps = make_mask(view, fitted.assignment, adjacency, node_weights, config)
     if not maps["mask"].any():
         excluded = (view.field_of_view == 0).float().mean().item()
-        reason = "no communities were found" if fitted.modularity < MIN_MODULARITY else "nothing is left after cleaning"
+        reason = "no communities were found" if fitted.modularity < MIN_MODULARITY else "no patch is more likely object"
         log.warning("%s: the mask is empty: %s; %.0f %% of the image is excluded as dark frame, sticker or transparent",
                     image if isinstance(image, (str, Path)) else "the image", reason, 100 * excluded)  # fmt: skip
     return Segmentation(photo[..., :3], **maps, view=view, features=features, node_weights=node_weights, fit=fitted,
@@ -996,7 +1003,7 @@ def add_common_flags(parser, presets):
     add("--backbone", default="auto", help="dino; builtin, the colour alone; auto (default), either; or FILE.py")
     add("--weights", type=Path, help="file with DINO's weights; default: torch.hub's, or a download")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--quiet", action="store_true", help="print results, warnings and errors only")
+    add("--quiet", action="store_true", help="print no progress; warnings, errors and the table of eval.py remain")
     add("--preset", choices=presets, help="settings of the paper, where it states them; other flags override them")
     group = parser.add_argument_group("hyper-parameters (source of the default in brackets)")
     for field in dataclasses.fields(Config):
@@ -1093,7 +1100,7 @@ def rank_and_world():
 def segment_all(args, config):
     """Segment the images of parsed arguments; returns the exit code. Raises ValueError or OSError for wrong use."""
     if (len(args.point), len(args.box)) not in ((0, 0), (2, 0), (0, 4)):
-        raise ValueError("one object is segmented: give --point X,Y or --box X0,Y0,X1,Y1, and only once")
+        raise ValueError("one object is segmented: give one --point X,Y or one --box X0,Y0,X1,Y1")
     prompt = {"point": args.point or None, "box": args.box or None}
     plan, (rank, world), device = plan_outputs(args), rank_and_world(), pick_device(args.device)
     backbone, shared, code = load_backbone(args.backbone, args.weights, device, not args.quiet), None, 0
