@@ -358,7 +358,7 @@ def standard_torch():
 
 # From a photograph to what a backbone sees ---------------------------------------------------------------------
 
-MAX_NODES = 50_000  # larger graphs are refused: the adjacency alone would take over 10 GB
+MAX_NODES = 60_000  # larger graphs are refused: the adjacency alone would take over 14 GB
 BOX_MARGIN = 20  # px around the user's box that serve as known background, at least; the margin of the authors' code
 
 
