@@ -476,8 +476,7 @@ def find_field_of_view(image):
 
     # The thresholds are tuned. A sticker or drape has another hue than the middle, and stays near the border
     dark = border_components(brightness < 0.275 * max(np.quantile(brightness, 0.9), 0.3), 0)
-    middle = (distance < 0.5) & ~dark if (~dark)[distance < 0.5].any() else distance < 0.5
-    other_hue = np.hypot(*(chroma - np.median(chroma[:, middle], axis=1)[:, None, None])) > 36
+    other_hue = np.hypot(*(chroma - np.median(chroma[:, distance < 0.5], axis=1)[:, None, None])) > 36
     return torch.from_numpy(~(dark | border_components(other_hue & ~dark, 0.6))).float()
 
 
@@ -784,7 +783,7 @@ def extract_nodes(photo, config, extract, device="cpu", box=None, point=None):
     if box is not None or point is not None:
         box, point = check_prompt(box, point, *photo.shape[:2])
     view = view_photograph(photo, config, box, point)
-    copy, n = dataclasses.replace(view, image=view.image.clone()), math.prod(view.grid)  # an image is changed in place
+    n, copy = math.prod(view.grid), dataclasses.replace(view, image=view.image.clone())  # some normalise in place
     try:
         with torch.no_grad():
             deep = (builtin if config.colour == 1 else extract)(copy).detach().to(device, torch.float32)
