@@ -9,8 +9,8 @@ optimised on that image alone, without labels, until the clusters that it assign
     torchrun --nproc-per-node=8 unsegmedgat.py photos/ -o masks/       # the same on several cores, GPUs or machines
 
 First comes the paper, equations (1) to (8) in their order; then what leads from a photograph to a mask.
-Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D. A resized
-image is (3,s,t), with the paper's s and t; a photograph is (height,width,3), with an alpha channel (height,width,4).
+Shapes: B images, N = h * w patches (the paper's n), C features (F), K clusters (k), H heads (Z) of width D; the paper's
+matrix C is the assignment (N,K). A resized image is (3,s,t), as in the paper; a photograph is (height,width,4), RGBA.
 Coordinates are (y, x) px; only the box and the point that the user gives are (x, y).
 """
 
@@ -732,14 +732,14 @@ def box_is_tight(maps, view):
     """
     y, x = view.position_in(view.search_area)
     distance, visible = torch.hypot(y, x), view.field_of_view > 0
-    parts = distance <= 0.5, (distance > 0.7) & (distance <= 1), (y.abs() > 1) | (x.abs() > 1)
+    middle, rim = visible & (distance <= 0.5), visible & (distance > 0.7) & (distance <= 1)
+    outside = visible & ((y.abs() > 1) | (x.abs() > 1))
     for values in maps:
-        middle, _, outside = (values[:, part & visible].mean(1) for part in parts)
-        along = torch.tensordot(F.normalize(middle - outside, dim=0), values, 1)  # (h,w), from outside to the middle
-        middle, rim, outside = (along[part & visible] for part in parts)
-        variance = sum((part - part.mean()).square().mean() for part in (middle, outside)) / 2
-        contrast = middle.mean() - outside.mean()  # NaN if the box is the whole image: it is loose
-        if contrast <= variance.sqrt() or rim.mean() - outside.mean() > 0.2 * contrast:
+        axis = F.normalize(values[:, middle].mean(1) - values[:, outside].mean(1), dim=0)
+        along = torch.tensordot(axis, values, 1)  # (h,w), from the outside to the middle
+        variance = sum((along[part] - along[part].mean()).square().mean() for part in (middle, outside)) / 2
+        contrast = along[middle].mean() - along[outside].mean()  # NaN if the box is the whole image: it is loose
+        if contrast <= variance.sqrt() or along[rim].mean() - along[outside].mean() > 0.2 * contrast:
             return True
     return False
 
@@ -832,9 +832,9 @@ def select_foreground(view, assignment, adjacency, node_weights, config):
 
 
 def upsample(values, stride):
-    """Interpolate patch values (h,w,K) over the resized image that the patches were cut from: (s,t,K)."""
-    maps = F.interpolate(values.permute(2, 0, 1)[None], scale_factor=stride, mode="bilinear")  # around patch centres
-    return F.pad(maps, [(PATCH - stride) // 2] * 4, mode="replicate")[0].permute(1, 2, 0)
+    """Interpolate patch values (K,h,w) over the resized image that the patches were cut from: (K,s,t)."""
+    maps = F.interpolate(values[None], scale_factor=stride, mode="bilinear")  # around the centres of the patches
+    return F.pad(maps, [(PATCH - stride) // 2] * 4, mode="replicate")[0]
 
 
 def clean_mask(mask, keep_components):
@@ -850,19 +850,19 @@ def clean_mask(mask, keep_components):
 def make_mask(view, assignment, adjacency, node_weights, config):
     """The clusters (N,K) over the photograph: {mask, probability, labels, assignment (ordered)}, as in Segmentation."""
     assignment, n_background, foreground = select_foreground(view, assignment, adjacency, node_weights, config)
-    maps = torch.cat([foreground[:, None], assignment], dim=1).cpu().unflatten(0, view.grid)
-    maps = upsample(maps, view.stride).numpy()  # (s,t,1+K)
-    soft = maps[..., 0]
+    maps = torch.cat([foreground[:, None], assignment], dim=1).T.cpu().unflatten(1, view.grid)  # (1+K,h,w)
+    maps = upsample(maps, view.stride)  # (1+K,s,t)
+    soft = maps[0].numpy()
     if config.refine:
         guide = (view.image * 255).round().byte().permute(1, 2, 0).numpy()
         # Confidence is twice |log-odds|, at most 32: where patches are unsure, colours decide. At odds of 5 to 3 it is
         # about the 0.999 that the authors' code gives every pixel, so their lambda holds; else it is that constant.
         confidence = 2 * np.abs(special.logit(soft.clip(1e-7, 1 - 1e-7))) if config.similarity_weight else 0.999
         soft = bilateral.solve(soft, guide, confidence, smoothness=config.bilateral_lambda)
-    maps[..., 0] = ndimage.gaussian_filter(soft, config.mask_blur)
+    maps[0] = torch.from_numpy(ndimage.gaussian_filter(soft, config.mask_blur))
     y0, x0, y1, x1 = view.crop
-    maps = torch.from_numpy(maps).permute(2, 0, 1)[None]
-    maps = F.interpolate(maps, size=(y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0].numpy()  # (1+K,y1-y0,x1-x0)
+    size = y1 - y0, x1 - x0
+    maps = F.interpolate(maps[None], size, mode="bilinear", antialias=True)[0].numpy()  # (1+K,y1-y0,x1-x0)
     probability, labels = np.zeros(view.allowed.shape, np.float32), np.zeros(view.allowed.shape, np.uint8)
     probability[y0:y1, x0:x1] = maps[0].clip(0, 1)
     probability *= view.allowed
